@@ -1,0 +1,185 @@
+"""One call of a loss: what its public function was given, and the three things that can be asked of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import checks, dispatch
+from .arrays import View
+from .kernels.storage import FLOATS
+from .reductions import Sums, rounded
+
+Shape = tuple[int, ...]
+
+
+class Call(ABC):
+    """A loss and its arguments. `evaluate` gives the value, `value_and_grad` gradients too, `accumulate` the sums."""
+
+    reduction: str
+    weighted_mean: bool  # whether a mean divides by the sum of weights instead of the count
+    dtype: str | None  # of the result, where the caller asked for one
+    out: Any
+    like: Any  # the array whose library results belong to
+
+    @abstractmethod
+    def prepare(self, differentiable: bool) -> None:
+        """Look at the arrays and check everything that can be checked without reading them."""
+
+    @property
+    @abstractmethod
+    def result_dtype(self) -> str:
+        """The dtype of the result where the caller asked for none."""
+
+    @property
+    @abstractmethod
+    def losses_shape(self) -> Shape:
+        """The shape of the per-sample losses."""
+
+    @property
+    @abstractmethod
+    def losses_like(self) -> np.ndarray:
+        """An array whose memory layout new per-sample losses take over, where the shapes agree."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> list[View]:
+        """Everything that is read."""
+
+    @property
+    @abstractmethod
+    def differentiable(self) -> dict[str, tuple[View, Any]]:
+        """The arguments that have a gradient, as views and as given."""
+
+    @abstractmethod
+    def run(self, losses: View | None, careful: bool) -> Sums:
+        """The sums, and the per-sample losses where memory for them is given; `careful` leaves that memory alone
+        unless every element is valid."""
+
+    @abstractmethod
+    def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
+        """The same with gradients, scaled for the reduction and by `upstream` (see `_upstream`)."""
+
+    def evaluate(self) -> Any:
+        """The loss."""
+        self.prepare(differentiable=False)
+        result = self.result()
+        if self.reduction == "none":
+            self.run(View(result.data, result.dtype), careful=self.out is not None)
+        else:
+            result.data[...] = rounded(self._reduced(self.run(None, careful=False)), result.dtype)
+        return result.finish()
+
+    def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """The loss and its gradients by the arguments `names`, in one pass where the kernel can."""
+        self.prepare(differentiable=True)
+        result = self.result()
+        upstream = self._upstream(grad_output)
+        grads = [self.gradient(name, out) for name, out in zip(names, grad_outs, strict=True)]
+        none = self.reduction == "none"
+        losses = View(result.data, result.dtype) if none else None
+        sums = self.run_gradients(losses, dict(zip(names, grads, strict=True)), upstream)
+        if not none:
+            result.data[...] = rounded(self._reduced(sums), result.dtype)
+        return result.finish(), [grad.finish() for grad in grads]
+
+    def accumulate(self, per_sample: np.ndarray | None) -> Sums:
+        """The sums of this call's samples; their losses go into `per_sample` where it is given."""
+        self.prepare(differentiable=False)
+        if per_sample is None:
+            return self.run(None, careful=False)
+        dtype = per_sample.dtype.name
+        result = self._result("per_sample", per_sample, self.losses_shape, dtype, per_sample, per_sample)
+        sums = self.run(View(result.data, dtype), careful=True)
+        result.finish()
+        return sums
+
+    def result(self) -> Result:
+        """Memory for the loss."""
+        shape = self.losses_shape if self.reduction == "none" else ()
+        return self._result("out", self.out, shape, self.dtype or self.result_dtype, self.losses_like, self.like)
+
+    def gradient(self, name: str, out: Any) -> Result:
+        """Memory for the gradient of one argument, which has that argument's shape and dtype."""
+        if name not in self.differentiable:
+            raise ValueError(f"this loss has no gradient for {name}, only for {', '.join(self.differentiable)}")
+        view, like = self.differentiable[name]
+        dtype = view.dtype if view.dtype in FLOATS else self.result_dtype
+        return self._result("grad_out", out, view.shape, dtype, view.data, like)
+
+    def scale(self, weight_sum: float, count: int, rows: int) -> float:
+        """What the sum of losses is multiplied by under this reduction."""
+        divisor = {"mean": weight_sum if self.weighted_mean else count, "batchmean": rows}.get(self.reduction, 1)
+        return float(np.divide(1.0, divisor)) if divisor else float("inf")
+
+    def _reduced(self, sums: Sums) -> float:
+        return sums.value(self.reduction, self.weighted_mean)
+
+    def _upstream(self, grad_output: Any) -> Any:
+        """The gradient of what comes after: a float64 array for "none", a number for what is reduced."""
+        if grad_output is None:
+            return None if self.reduction == "none" else 1.0
+        view = dispatch.view(grad_output, "grad_output", differentiable=True)
+        checks.numeric(view, "grad_output")
+        if self.reduction == "none":
+            checks.same_shape(view, "grad_output", self.losses_shape, "the losses")
+            return as_floats(view).astype(np.float64, copy=False)
+        checks.same_shape(view, "grad_output", (), "the reduced loss")
+        return float(as_floats(view))
+
+    def _result(self, name: str, given: Any, shape: Shape, dtype: str, layout: np.ndarray, like: Any) -> Result:
+        """Memory for a result: what the caller gave, or new memory in the layout of `layout`."""
+        if given is None:
+            return Result(empty_like(layout, shape, dtype), dtype, None, like)
+        view = dispatch.view(given, name, differentiable=True)
+        checks.writable(view, name, shape, dtype)
+        # An element's result may replace the element itself; any other overlap needs memory of its own.
+        clash = any(np.may_share_memory(view.data, s.data) and not same_memory(view.data, s.data) for s in self.sources)
+        return Result(empty_like(view.data, shape, dtype) if clash else view.data, dtype, view.data, given)
+
+
+class Result:
+    """Memory that something is computed in, and the array that it is handed back as."""
+
+    def __init__(self, data: np.ndarray, dtype: str, given: np.ndarray | None, like: Any) -> None:
+        self.data, self.dtype, self.given, self.like = data, dtype, given, like
+
+    def finish(self) -> Any:
+        """The array that the caller gave, or a new one of the library of `like`."""
+        if self.given is None:
+            return dispatch.adapter_of(self.like).wrap(self.data, self.dtype, self.like)
+        if self.data is not self.given:
+            self.given[...] = self.data
+        return self.like
+
+
+def memory_dtype(dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype that holds a storage's bits."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def empty_like(array: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
+    """New native memory, laid out like `array` where the shape is its own."""
+    if array.shape == shape and 0 not in array.strides:
+        return np.empty_like(array, dtype=memory_dtype(dtype), subok=False)
+    return np.empty(shape, memory_dtype(dtype))
+
+
+def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are the same elements in the same order."""
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.strides == b.strides
+        and a.shape == b.shape
+        and a.itemsize == b.itemsize
+    )
+
+
+def as_floats(view: View) -> np.ndarray:
+    """The numbers of a view as a NumPy array that can be computed with."""
+    if view.dtype != "bfloat16":
+        return view.data
+    return (view.data.astype(np.uint32) << 16).view(np.float32)

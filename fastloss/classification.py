@@ -1,0 +1,324 @@
+"""Calls of the losses over classes: cross-entropy of logits and negative log-likelihood."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from . import checks, dispatch
+from .arrays import View
+from .backends import cpu
+from .call import Call, Result, Shape, as_floats
+from .kernels.pointwise import SUMS
+from .kernels.softmax import SoftmaxVariant
+from .kernels.storage import INTEGERS
+from .reductions import Sums, to_memory
+
+_BLOCK = 1 << 20  # elements that NumPy looks at together
+
+
+class _ClassCall(Call):
+    """What both losses share: classes along axis 1, indices, class weights, ignored samples."""
+
+    like: Any
+
+    def __init__(
+        self, input: Any, target: Any, reduction: str, *, weight: Any, ignore_index: int, dtype: Any, out: Any
+    ) -> None:
+        self.input, self.target, self.weight = input, target, weight
+        self.reduction, self.out, self.like = reduction, out, input
+        self.dtype = None if dtype is None else checks.dtype_name(dtype)
+        self.ignore_index = checks.int64("ignore_index", operator.index(ignore_index))
+
+    def prepare(self, differentiable: bool) -> None:
+        self.x = dispatch.view(self.input, "input", differentiable)
+        self.t = dispatch.view(self.target, "target", differentiable)
+        if self.x.weak and not self.t.weak and self.t.dtype not in INTEGERS:
+            self.like = self.target
+        checks.floating(self.x, "input")
+        if not self.x.shape:
+            raise ValueError("input has shape (), expected (C), (N, C) or (N, C, d1, ..., dK)")
+        axis = 0 if len(self.x.shape) == 1 else 1
+        self.classes = self.x.shape[axis]
+        self._losses_shape = (*self.x.shape[:axis], *self.x.shape[axis + 1 :])
+        self.w: View | None = None
+        if self.weight is not None:
+            self.w = dispatch.view(self.weight, "weight", differentiable)
+            checks.numeric(self.w, "weight")
+            checks.same_shape(self.w, "weight", (self.classes,), f"the {self.classes} classes of input")
+        # a row loss over (C) is one over (1, C)
+        self.logits = self.x.data[None] if axis == 0 else self.x.data
+        self._check_target()
+        if self.classes == 0 and math.prod(self._losses_shape):
+            raise ValueError(f"input has shape {self.x.shape}: there are samples, but no classes")
+
+    def _check_target(self) -> None:
+        if self.t.dtype not in INTEGERS:
+            raise TypeError(f"target has dtype {self.t.dtype}, expected an integer dtype for class indices")
+        checks.same_shape(self.t, "target", self._losses_shape, "input")
+        if self.t.shape != self._losses_shape:
+            raise ValueError(f"target has shape {self.t.shape}")
+
+    @property
+    def result_dtype(self) -> str:
+        return self.x.dtype
+
+    @property
+    def losses_shape(self) -> Shape:
+        return self._losses_shape
+
+    @property
+    def losses_like(self) -> np.ndarray:
+        return self.t.data
+
+    @property
+    def sources(self) -> list[View]:
+        return [self.x, self.t, *([self.w] if self.w else [])]
+
+    @property
+    def index(self) -> np.ndarray:
+        """Class indices of shape (N, d1, ...)."""
+        return self.t.data if self.t.data.ndim else self.t.data[None]
+
+    @property
+    def compute(self) -> str:
+        return "float64" if self.x.dtype == "float64" else "float32"
+
+    def class_weights(self, dtype: str) -> np.ndarray | None:
+        """Class weights as one piece of memory of the compute type."""
+        return None if self.w is None else np.ascontiguousarray(as_floats(self.w), dtype)
+
+    def check_indices(self) -> tuple[float, int]:
+        """Sum of weights and number of the samples that count; IndexError where an index is no class."""
+        weights = self.class_weights("float64")
+        total, count = 0.0, 0
+        for start, part in _blocks(self.index):
+            ignored = part == self.ignore_index
+            bad = ((part < 0) | (part >= self.classes)) & ~ignored
+            if bad.any():
+                raise self._index_error(start + int(bad.argmax()), part[bad][0])
+            kept = part[~ignored] if ignored.any() else part
+            count += kept.size
+            total += float(weights[kept].sum()) if weights is not None else kept.size
+        return total, count
+
+    def _index_error(self, flat: int, value: Any) -> Exception:
+        place = np.unravel_index(flat, self.index.shape)
+        position = [int(k) for k in place] if self.t.data.ndim else []
+        template = f"target {int(value)} at position {{position}} is out of range for {self.classes} classes"
+        return checks.positioned(checks.ClassIndexError, template, position)
+
+    def _rows(self) -> int:
+        return self.logits.shape[0]
+
+    def _sums(self, raw: np.ndarray) -> Sums:
+        if raw[SUMS.index("invalid")]:
+            self.check_indices()
+        return Sums(raw, samples=math.prod(self._losses_shape), rows=self._rows())
+
+
+class SoftmaxCall(_ClassCall):
+    """One call of cross_entropy."""
+
+    def __init__(
+        self,
+        input: Any,
+        target: Any,
+        reduction: str,
+        *,
+        weight: Any,
+        ignore_index: int,
+        label_smoothing: float,
+        lse_square_scale: float,
+        softcap: float | None,
+        dtype: Any,
+        out: Any,
+    ) -> None:
+        super().__init__(input, target, reduction, weight=weight, ignore_index=ignore_index, dtype=dtype, out=out)
+        self.label_smoothing, self.lse_square_scale, self.softcap = label_smoothing, lse_square_scale, softcap
+
+    def _check_target(self) -> None:
+        # equal shapes mean probabilities, also for (C) with one class
+        self.by_probability = self.t.shape == self.x.shape and self.t.dtype not in INTEGERS
+        if not self.by_probability:
+            if self.t.shape == self.x.shape:
+                raise TypeError(
+                    f"target has dtype {self.t.dtype} and the shape of input, which means class probabilities: they "
+                    f"must be floating-point; class indices have shape {self._losses_shape}"
+                )
+            super()._check_target()
+        elif self.ignore_index >= 0:
+            raise ValueError(f"ignore_index is {self.ignore_index}, but target holds class probabilities: nothing to ignore")
+        else:
+            checks.floating(self.t, "target")
+        self.weighted_mean = not self.by_probability
+
+    @property
+    def losses_like(self) -> np.ndarray:
+        return np.empty(()) if self.by_probability else self.t.data
+
+    @property
+    def differentiable(self) -> dict[str, tuple[View, Any]]:
+        arguments = {"input": (self.x, self.input)}
+        if self.by_probability:
+            arguments["target"] = self.t, self.target
+            if self.w is not None:
+                arguments["weight"] = self.w, self.weight
+        return arguments
+
+    @property
+    def compute(self) -> str:
+        # tanh(x / softcap) * softcap in float32 would lose the last bits of the logits
+        wide = self.softcap is not None or (self.by_probability and self.t.dtype == "float64")
+        return "float64" if wide else super().compute
+
+    def run(self, losses: View | None, careful: bool) -> Sums:
+        if careful and not self.by_probability:
+            self.check_indices()
+        return self._launch(losses, {})
+
+    def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
+        total, count = (0.0, math.prod(self._losses_shape)) if self.by_probability else self.check_indices()
+        none = self.reduction == "none"
+        factor = 1.0 if none else upstream
+        scale = 1.0 if none else upstream * self.scale(total, count, self._rows())
+        scale_z = factor / count if self.reduction == "mean" and count else factor
+        sinks = {name: View(grad.data, grad.dtype) for name, grad in grads.items() if name != "weight"}
+        if "weight" in grads:  # before anything is overwritten
+            weight_grad = self._weight_gradient(scale, upstream if none else None)
+        sums = self._launch(losses, sinks, scale, scale_z, upstream if none else None)
+        if "weight" in grads:
+            grads["weight"].data[...] = to_memory(weight_grad, grads["weight"].dtype)
+        return sums
+
+    def _launch(
+        self,
+        losses: View | None,
+        grads: dict[str, View],
+        scale: float = 1.0,
+        scale_z: float = 1.0,
+        upstream: np.ndarray | None = None,
+    ) -> Sums:
+        """Run the kernel that these options need."""
+        grad, grad_target = grads.get("input"), grads.get("target")
+        weights = self.class_weights(self.compute)
+        variant = SoftmaxVariant(
+            layout="rows",
+            compute=self.compute,
+            logits=self.x.dtype,
+            probabilities=self.t.dtype if self.by_probability else None,
+            weighted=weights is not None,
+            smoothing=self.label_smoothing > 0,
+            z_loss=self.lse_square_scale > 0,
+            softcap=self.softcap is not None,
+            upstream=upstream is not None,
+            losses=losses.dtype if losses else None,
+            grad=grad.dtype if grad else None,
+            grad_target=grad_target.dtype if grad_target else None,
+        )
+
+        def with_samples(array: np.ndarray | None, extra: bool) -> np.ndarray | None:
+            return None if array is None else array[None] if self.x.data.ndim == 1 and extra else array
+
+        arrays = [
+            self.logits,
+            with_samples(self.t.data, True) if self.by_probability else None,
+            with_samples(grad.data if grad else None, True),
+            with_samples(grad_target.data if grad_target else None, True),
+            None if self.by_probability else self.index,
+            with_samples(upstream, True),
+            with_samples(losses.data if losses else None, True),
+        ]
+        total_weight = self.classes if weights is None else float(self.class_weights("float64").sum())  # type: ignore[union-attr]
+        keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
+        parameters = [scale, scale_z, keep, share, total_weight, self.lse_square_scale, self.softcap or 0.0]
+        return self._sums(cpu.run_softmax(variant, arrays, weights, self.ignore_index, parameters))
+
+    def _weight_gradient(self, scale: float, upstream: np.ndarray | None) -> np.ndarray:
+        """sum over samples of q[c] (lse - x[c]), for class probabilities q."""
+        smoothing = self.label_smoothing
+        # d loss / d q[c] is keep * weight[c] * (lse - x[c]): with unit weights and no smoothing, the factor wanted
+        plain = SoftmaxCall(
+            self.x.data, self.t.data, "none", weight=None, ignore_index=-100, label_smoothing=0.0, lse_square_scale=0.0,
+            softcap=self.softcap, dtype=None, out=None,
+        )  # fmt: skip
+        plain.prepare(differentiable=True)
+        plain.x, plain.t = self.x, self.t
+        total = np.zeros(self.classes)
+        rows = max(1, _BLOCK // max(1, math.prod(self.x.shape[1:])))
+        logits, target = (a if a.ndim > 1 else a[None] for a in (self.x.data, self.t.data))
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            plain.x, plain.t = View(logits[part], self.x.dtype), View(target[part], self.t.dtype)
+            plain.logits = plain.x.data
+            plain._losses_shape = (plain.x.shape[0], *plain.x.shape[2:])
+            factor = np.empty(plain.x.shape)
+            plain._launch(None, {"target": View(factor, "float64")})
+            q = as_floats(plain.t).astype(np.float64) * (1.0 - smoothing) + smoothing / self.classes
+            with np.errstate(invalid="ignore"):
+                terms = np.where(q == 0, 0.0, q * factor)
+            if upstream is not None:
+                up = upstream if self.x.data.ndim > 1 else upstream[None]
+                terms = terms * np.expand_dims(up[part], 1)
+            total += terms.sum(axis=(0, *range(2, terms.ndim)))
+        return total * scale
+
+
+class NLLCall(_ClassCall):
+    """One call of nll_loss: reads one logit a sample, so NumPy's indexing does all of it."""
+
+    weighted_mean = True
+
+    @property
+    def differentiable(self) -> dict[str, tuple[View, Any]]:
+        return {"input": (self.x, self.input)}
+
+    def run(self, losses: View | None, careful: bool) -> Sums:
+        total, count = self.check_indices()
+        return self._pick(losses, None, 1.0, None, total, count)
+
+    def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
+        total, count = self.check_indices()
+        none = self.reduction == "none"
+        scale = 1.0 if none else upstream * self.scale(total, count, self._rows())
+        return self._pick(losses, grads.get("input"), scale, upstream if none else None, total, count)
+
+    def _pick(
+        self, losses: View | None, grad: Result | None, scale: float, upstream: np.ndarray | None, total: float, count: int
+    ) -> Sums:
+        weights = self.class_weights("float64")
+        keep = self.index != self.ignore_index
+        index = np.where(keep, self.index, 0).astype(np.int64, copy=False)
+        if self.classes == 0:
+            picked = np.zeros(self.index.shape)
+        else:
+            chosen = np.take_along_axis(self.logits, np.expand_dims(index, 1), 1)[:, 0]
+            picked = -as_floats(View(chosen, self.x.dtype)).astype(np.float64)
+            factor = np.ones(self.index.shape) if weights is None else weights[index]
+            picked = np.where(keep, picked if weights is None else picked * factor, 0.0)
+        if losses is not None:
+            losses.data[...] = to_memory(picked, losses.dtype).reshape(losses.data.shape)
+        if grad is not None:
+            grad.data[...] = 0
+            if self.classes:
+                slope = np.where(keep, -factor * scale if upstream is None else -factor * upstream, 0.0)
+                target = grad.data if grad.data.ndim > 1 else grad.data[None]
+                np.put_along_axis(target, np.expand_dims(index, 1), np.expand_dims(to_memory(slope, grad.dtype), 1), 1)
+        raw = np.zeros(len(SUMS))
+        raw[SUMS.index("loss")] = math.fsum(picked.reshape(-1)) if np.isfinite(picked).all() else picked.sum()
+        raw[SUMS.index("weight")], raw[SUMS.index("count")] = total, count
+        return Sums(raw, samples=math.prod(self._losses_shape), rows=self._rows())
+
+
+def _blocks(array: np.ndarray) -> Any:
+    """Parts of an array's elements in C order, with the position of their first; one piece of memory has one part."""
+    flat = array.reshape(-1) if array.flags.c_contiguous else None
+    for start in range(0, array.size, _BLOCK):
+        if flat is not None:
+            yield start, flat[start : start + _BLOCK]
+        else:
+            places = np.unravel_index(np.arange(start, min(start + _BLOCK, array.size)), array.shape)
+            yield start, array[places]

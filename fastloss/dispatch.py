@@ -1,0 +1,66 @@
+"""From an array's type to the adapter that reads it."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from .arrays import View
+
+# root module of the type -> adapter; an adapter is imported when the first such array is met
+ADAPTERS: dict[str, str] = {
+    "numpy": "fastloss.arrays.numpy",
+    "ml_dtypes": "fastloss.arrays.numpy",
+    "torch": "fastloss.arrays.torch",
+}
+_BUILTINS = (bool, int, float, list, tuple)
+_by_type: dict[type, ModuleType] = {}
+
+
+def register(module: str, adapter: str) -> None:
+    """Read arrays whose type is defined under the root module `module` with the module named `adapter`.
+
+    A package can do the same without being imported, by an entry point of the group `fastloss.arrays` whose name is
+    the root module and whose value is the adapter. See `fastloss.arrays` for what an adapter holds.
+    """
+    ADAPTERS[module] = adapter
+    _by_type.clear()
+
+
+def adapter_of(array: Any) -> ModuleType:
+    """The adapter for an array, found by its type once."""
+    kind = type(array)
+    found = _by_type.get(kind)
+    if found is None:
+        found = _by_type[kind] = importlib.import_module(_search(array))
+    return found
+
+
+def view(array: Any, name: str, differentiable: bool = False) -> View:
+    """An array's memory; errors name the argument."""
+    try:
+        return adapter_of(array).view(array, differentiable)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+
+
+def _search(array: Any) -> str:
+    kind = type(array)
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    for root in roots:
+        if root in ADAPTERS:
+            return ADAPTERS[root]
+    extensions = {point.name: point.value for point in entry_points(group="fastloss.arrays")}
+    for root in roots:
+        if root in extensions:
+            return extensions[root]
+    if isinstance(array, _BUILTINS):
+        return "fastloss.arrays.builtins"
+    if hasattr(array, "__dlpack__"):
+        return "fastloss.arrays.dlpack"
+    raise TypeError(
+        f"{kind.__module__}.{kind.__qualname__} is not an array that fastloss reads: it takes NumPy arrays, torch CPU "
+        "tensors, lists of numbers, anything with __dlpack__, and types registered under the entry point fastloss.arrays"
+    )

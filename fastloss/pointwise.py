@@ -1,0 +1,171 @@
+"""Calls of the pointwise losses: broadcasting, weights, domains, and gradients of input and target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import checks, dispatch
+from .arrays import View
+from .backends import cpu
+from .call import Call, Result, Shape, as_floats
+from .kernels.pointwise import SUMS, Pointwise, PointwiseVariant
+from .reductions import Sums, to_memory
+
+_SCAN = 1 << 20  # elements looked at together for the first invalid one
+
+
+class PointwiseCall(Call):
+    """One call of a pointwise loss. `operands` are the loss's own arrays, `weight` multiplies each element's loss."""
+
+    def __init__(
+        self,
+        loss: Pointwise,
+        input: Any,
+        target: Any,
+        reduction: str,
+        *,
+        weight: Any = None,
+        weight_broadcasts: bool = False,
+        weighted_mean: bool = False,
+        broadcasts: bool = True,
+        operands: Sequence[Any] = (),
+        parameters: Sequence[float] = (),
+        dtype: Any = None,
+        out: Any = None,
+    ) -> None:
+        self.loss, self.input, self.target, self.weight = loss, input, target, weight
+        self.operands, self.parameters = operands, parameters
+        self.weight_broadcasts, self.broadcasts = weight_broadcasts, broadcasts
+        self.reduction, self.out, self.like = reduction, out, input
+        self.weighted_mean = weighted_mean and weight is not None
+        self.dtype = None if dtype is None else checks.dtype_name(dtype)
+
+    def prepare(self, differentiable: bool) -> None:
+        self.x = x = dispatch.view(self.input, "input", differentiable)
+        self.y = y = dispatch.view(self.target, "target", differentiable)
+        if x.weak and not y.weak:
+            self.like = self.target
+        self._result_dtype = checks.promote((x, y), ("input", "target"))
+        if self.broadcasts:
+            self.shape = checks.broadcast_shape(x, y)
+        else:
+            checks.same_shape(y, "target", x.shape, "input")
+            self.shape = x.shape
+        self.inputs = [x, y]
+        for name, operand in zip(self.loss.operands, self.operands, strict=True):
+            view = dispatch.view(operand, name, differentiable)
+            checks.numeric(view, name)
+            checks.broadcastable(view, name, self.shape)
+            self.inputs.append(view)
+        self.w: View | None = None
+        if self.weight is not None:
+            self.w = dispatch.view(self.weight, "weight", differentiable)
+            checks.numeric(self.w, "weight")
+            if self.weight_broadcasts:
+                checks.broadcastable(self.w, "weight", self.shape)
+            else:
+                checks.same_shape(self.w, "weight", self.shape, "input")
+
+    @property
+    def result_dtype(self) -> str:
+        return self._result_dtype
+
+    @property
+    def losses_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def losses_like(self) -> np.ndarray:
+        return self.x.data
+
+    @property
+    def sources(self) -> list[View]:
+        return [*self.inputs, self.w] if self.w else self.inputs
+
+    @property
+    def differentiable(self) -> dict[str, tuple[View, Any]]:
+        arguments = {"input": (self.x, self.input)}
+        return arguments | ({"target": (self.y, self.target)} if self.loss.grad_target else {})
+
+    def run(self, losses: View | None, careful: bool) -> Sums:
+        if careful and self.loss.valid:
+            self._launch(None, {})  # raises before anything is written
+        return self._launch(losses, {})
+
+    def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
+        none = self.reduction == "none"
+        factor = 1.0 if none else upstream * self.scale(self._weight_sum(), self._size(), self._rows())
+        if self.loss.valid and (self.out is not None or any(grad.given is not None for grad in grads.values())):
+            self._launch(None, {})
+        # where an argument was broadcast, its gradient is the sum over what it was broadcast to
+        sinks = {
+            name: View(grad.data, grad.dtype)
+            if grad.data.shape == self.shape
+            else View(np.empty(self.shape, np.float64), "float64")
+            for name, grad in grads.items()
+        }
+        sums = self._launch(losses, sinks, factor, upstream if none else None)
+        for name, grad in grads.items():
+            if sinks[name].data is not grad.data:
+                grad.data[...] = _unbroadcast(sinks[name].data, grad.data.shape, grad.dtype)
+        return sums
+
+    def _size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def _weight_sum(self) -> float:
+        if self.w is None or not self.weighted_mean:
+            return float(self._size())
+        return float(np.broadcast_to(as_floats(self.w), self.shape).sum(dtype=np.float64))
+
+    def _launch(
+        self, losses: View | None, grads: dict[str, View], scale: float = 1.0, upstream: np.ndarray | None = None
+    ) -> Sums:
+        """Run the kernel that these options need."""
+        grad, grad_target = grads.get("input"), grads.get("target")
+        variant = PointwiseVariant(
+            self.loss,
+            "float64" if self.loss.wide or self._result_dtype == "float64" else "float32",
+            tuple(view.dtype for view in self.inputs),
+            self.w.dtype if self.w else None,
+            upstream is not None,
+            losses.dtype if losses else None,
+            grad.dtype if grad else None,
+            grad_target.dtype if grad_target else None,
+        )
+        sources = [np.broadcast_to(view.data, self.shape) for view in self.sources]
+        if upstream is not None:
+            sources.append(upstream)
+        sinks = [view.data for view in (losses, grad, grad_target) if view]
+        raw = cpu.run_pointwise(variant, sources, sinks, [scale, *self.parameters])
+        if raw[SUMS.index("invalid")]:
+            self._raise_invalid()
+        if self.w is None:
+            raw[SUMS.index("weight")] = self._size()
+        return Sums(raw, samples=self._size(), rows=self._rows())
+
+    def _raise_invalid(self) -> None:
+        """Find and name the first element outside the domain, which the kernel only noticed."""
+        for start in range(0, self._size(), _SCAN):
+            places = np.unravel_index(np.arange(start, min(start + _SCAN, self._size())), self.shape)
+            for name, view in (("input", self.x), ("target", self.y)):
+                numbers = as_floats(View(view.data[places], view.dtype))
+                bad = ~((numbers >= 0) & (numbers <= 1))
+                if bad.any():
+                    k = int(bad.argmax())
+                    template = f"{name} {numbers[k]!s} at position {{position}} is outside [0, 1]"
+                    raise checks.positioned(checks.DomainError, template, [place[k] for place in places])
+
+
+def _unbroadcast(grad: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
+    """Sum a float64 gradient over the dimensions that `shape` was broadcast along."""
+    lead = grad.ndim - len(shape)
+    axes = (*range(lead), *(lead + k for k, extent in enumerate(shape) if extent == 1 and grad.shape[lead + k] != 1))
+    total = grad.sum(axis=axes).reshape(shape)
+    return to_memory(total, dtype)

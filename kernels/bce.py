@@ -1,0 +1,27 @@
+"""-(y log x + (1 - y) log(1 - x)), each logarithm at least -100."""
+
+from .pointwise import Pointwise
+from .values import Value
+from .vecmath import bce_logs, where
+
+
+def value(x: Value, y: Value) -> Value:
+    log_x, log_1mx = bce_logs(x)
+    return -(y * log_x + (1 - y) * log_1mx)
+
+
+def grad(x: Value, y: Value) -> Value:
+    slope = (1 - x) * x
+    return (x - y) / where(slope < 1e-12, 1e-12, slope)  # torch's guard: finite at x = 0 and x = 1
+
+
+def grad_target(x: Value, y: Value) -> Value:
+    log_x, log_1mx = bce_logs(x)
+    return log_1mx - log_x
+
+
+def valid(x: Value, y: Value) -> Value:
+    return (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+
+
+BCE = Pointwise("bce", value, grad, grad_target, valid=valid)

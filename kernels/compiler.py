@@ -1,0 +1,143 @@
+"""From emitted LLVM to the address of machine code, kept in a disk cache that is never stale and never an error."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from .values import I64, Value
+
+Emit = Callable[..., None]
+
+_engines: list[llvm.ExecutionEngine] = []  # an engine owns its machine code: kept as long as the process
+_lock = threading.Lock()  # LLVM contexts are not thread-safe
+
+
+def module_of(emit: Emit, arity: int, name: str = "kernel") -> ir.Module:
+    """An LLVM module with one function `void name(i64, ...)` whose body `emit(*arguments)` writes."""
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    emit(*(Value(builder, argument) for argument in function.args))
+    builder.ret_void()
+    return module
+
+
+def machine(triple: str | None = None, cpu: str | None = None, features: str | None = None) -> llvm.TargetMachine:
+    """LLVM's description of a CPU; of this one where nothing is named."""
+    if triple is not None:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    else:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(triple or llvm.get_process_triple())
+    if cpu is None:
+        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    # The JIT code model: an engine may place code and constants more than 2 GB apart.
+    return target.create_target_machine(cpu=cpu, features=features or "", opt=3, codemodel="jitdefault", jit=True)
+
+
+def optimised(module: ir.Module, target: llvm.TargetMachine) -> llvm.ModuleRef:
+    """`module` through LLVM's -O3 for `target`."""
+    parsed = llvm.parse_assembly(str(module))
+    parsed.triple, parsed.data_layout = target.triple, str(target.target_data)
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    # The kernels choose their own vectors and unrolling; LLVM's loop vectoriser only adds compile time.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = llvm.create_pass_builder(target, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return parsed
+
+
+def assembly(emit: Emit, arity: int, triple: str | None = None, cpu: str | None = None, features: str = "") -> str:
+    """Assembly text of an emitted function for any CPU, to read its instructions."""
+    target = machine(triple, cpu, features)
+    return str(target.emit_assembly(optimised(module_of(emit, arity), target)))
+
+
+@cache
+def fingerprint() -> str:
+    """What compiled code depends on besides its own options: our sources, LLVM, Python's IR printer, the CPU."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for fact in (llvmlite.__version__, llvm.llvm_version_info, llvm.get_host_cpu_name(), sys.byteorder):
+        digest.update(repr(fact).encode())
+    digest.update(llvm.get_host_cpu_features().flatten().encode())
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """FASTLOSS_CACHE_DIR, or the user's cache directory."""
+    if chosen := os.environ.get("FASTLOSS_CACHE_DIR"):
+        return Path(chosen)
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "fastloss" / "cache"
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/fastloss").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastloss"
+
+
+def _read(path: Path) -> bytes | None:
+    """The object code of a cache file; None where it is missing, unreadable or not what was written."""
+    try:
+        content = path.read_bytes()
+    except (OSError, RuntimeError):
+        return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keep `code`, whole or not at all; a directory that refuses is no error: the next process compiles again."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
+def compile_function(emit: Emit, arity: int, key: object) -> int:
+    """Address of the C function `void f(int64_t, ...)` that `emit` writes.
+
+    `key` must tell everything that `emit` depends on (its repr is hashed with the sources of this package), since a
+    hit in the disk cache skips emitting altogether.
+    """
+    with _lock:
+        name = hashlib.sha256(f"{fingerprint()}{key!r}".encode()).hexdigest()
+        path = cache_directory() / f"{name}.o"
+        target = machine()
+        code = _read(path)
+        if code is None:
+            code = target.emit_object(optimised(module_of(emit, arity), target))
+            _write(path, code)
+        empty = llvm.parse_assembly("")
+        engine = llvm.create_mcjit_compiler(empty, target)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _engines.append(engine)
+        return int(engine.get_function_address("kernel"))
+
+
+def callable_of(emit: Emit, arity: int, key: object) -> Callable[..., None]:
+    """The compiled function as something Python can call (tests, accuracy tables)."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(compile_function(emit, arity, key))

@@ -1,0 +1,152 @@
+"""What a pointwise loss declares, and the vector loop that is emitted around its formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import storage
+from .values import F64, I1, I64, LANES, Value, full, loop, when
+from .vecmath import where
+
+Formula = Callable[..., Any]
+
+BLOCK = 1024  # elements summed plainly in 32 float64 lanes (32 additions each) before the sum is carried exactly
+UNROLL = 2
+
+# float64 slots that a call of a kernel adds to; every back end and every reduction is made of them
+SUMS = ("loss", "loss_low", "weight", "weight_low", "z", "z_low", "count", "invalid")
+
+
+def sign(d: Value) -> Value:
+    """1, -1, or d itself at 0 and NaN."""
+    return where(d > 0, 1.0, where(d < 0, -1.0, d))
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A loss of one element: formulas over `(x, y, *operands, *parameters)`, written once for every back end."""
+
+    name: str
+    value: Formula
+    grad: Formula  # d value / dx
+    grad_target: Formula | None = None  # d value / dy
+    valid: Formula | None = None  # where the input lies in the loss's domain
+    operands: tuple[str, ...] = ()  # further arrays, broadcast to the input
+    parameters: tuple[str, ...] = ()  # numbers, the same for every element; passed at run time
+    wide: bool = False  # compute in float64 whatever the storage: free where memory is the limit, and exact
+
+
+@dataclass(frozen=True)
+class PointwiseVariant:
+    """One kernel of a loss: the options that change the loop. Storages are names of `storage.MEMORY`."""
+
+    loss: Pointwise
+    compute: str  # "float32" or "float64"
+    inputs: tuple[str, ...]  # storages of x, y and the loss's operands
+    weight: str | None = None  # storage of the element weights
+    upstream: bool = False  # a float64 gradient of each sample's loss
+    losses: str | None = None  # storage of the per-sample losses, where they are wanted
+    grad: str | None = None
+    grad_target: str | None = None
+    stream: bool = False  # gradients go past the caches; the caller aligns them to a whole vector
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this kernel from every other, for the disk cache."""
+        rest = (self.compute, self.inputs, self.weight, self.upstream, self.losses, self.grad, self.grad_target)
+        return ("pointwise", self.loss.name, *rest, self.stream)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Storages of the arrays read, in the kernel's order."""
+        return self.inputs + ((self.weight,) if self.weight else ()) + (("float64",) if self.upstream else ())
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Storages of the arrays written, in the kernel's order."""
+        return tuple(name for name in (self.losses, self.grad, self.grad_target) if name)
+
+    def emit(self, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
+        """`void kernel(n, arrays, parameters, sums)`: addresses of `sources` then `sinks`, each contiguous;
+        float64 `parameters` (the gradient's scale, then the loss's); adds to the float64 slots `SUMS`."""
+        b = n.b
+        compute = storage.COMPUTE[self.compute]
+        slots = [(arrays + 8 * k).load(I64) for k in range(len(self.sources + self.sinks))]
+        numbers = [(parameters + 8 * k).load(F64).to(compute) for k in range(1 + len(self.loss.parameters))]
+        scale, parameters_ = numbers[0], numbers[1:]
+        extra = len(self.inputs)
+
+        def elements(i: Value, lanes: int) -> tuple[Value, Value | None, Value | None]:
+            """Read `lanes` elements at i, write what is wanted; their losses, weights, and which are invalid."""
+
+            def read(k: int, name: str, type_: Any = compute) -> Value:
+                return storage.load(slots[k] + i * storage.itemsize(name), name, type_, lanes)
+
+            x, y, *operands = (read(k, name) for k, name in enumerate(self.inputs))
+            arguments = (x, y, *operands, *parameters_)
+            loss = self.loss.value(*arguments)
+            weight = read(extra, self.weight) if self.weight else None
+            upstream = read(len(self.sources) - 1, "float64") if self.upstream else None
+            if weight is not None:
+                loss = loss.to(F64) * weight.to(F64)
+            written = []
+            if self.losses:
+                written.append(loss)
+            for wanted, formula in ((self.grad, self.loss.grad), (self.grad_target, self.loss.grad_target)):
+                if wanted and formula:
+                    g = formula(*arguments) * scale
+                    g = g * weight if weight is not None else g
+                    written.append(g.to(F64) * upstream if upstream is not None else g)
+            for k, (name, value) in enumerate(zip(self.sinks, written, strict=True)):
+                at = slots[len(self.sources) + k] + i * storage.itemsize(name)
+                is_grad = k >= (1 if self.losses else 0)
+                storage.store(at, value, name, self.stream and is_grad and lanes == LANES)
+            invalid = ~self.loss.valid(x, y) if self.loss.valid else None
+            return loss.to(F64), weight.to(F64) if weight is not None else None, invalid
+
+        def add(i: Value, lanes: int, state: tuple[Value, ...]) -> list[Value]:
+            loss, weight, invalid = elements(i, lanes)
+            total, weights, bad = state
+            return [
+                total + loss,
+                weights if weight is None else weights + weight,
+                bad if invalid is None else bad | invalid.any(),
+            ]
+
+        def block(start: Value, *state: Value) -> list[Value]:
+            stop = start + BLOCK
+            stop = (stop < n).select(stop, n)
+            zero = full(b, F64, LANES)
+            bad = state[-1]
+
+            def unrolled(i: Value, *lanes: Value) -> list[Value]:
+                out = [add(i + LANES * u, LANES, (*lanes[2 * u : 2 * u + 2], lanes[-1])) for u in range(UNROLL)]
+                flag = out[0][2]
+                for one in out[1:]:
+                    flag = flag | one[2]
+                return [value for one in out for value in one[:2]] + [flag]
+
+            i, lanes = loop(start, stop, LANES * UNROLL, [zero, zero] * UNROLL + [bad], unrolled)
+            total = sum(lanes[2:-1:2], lanes[0])
+            weights = sum(lanes[3:-1:2], lanes[1])
+            i, lanes = loop(i, stop, LANES, [total, weights, lanes[-1]], lambda i, *s: add(i, LANES, s))
+            scalars = [lanes[0].sum(), lanes[1].sum(), lanes[2]]
+            _, scalars = loop(i, stop, 1, scalars, lambda i, *s: add(i, 1, s))
+            return [*two_sum(*state[:2], scalars[0]), *two_sum(*state[2:4], scalars[1]), scalars[2]]
+
+        slots_of_sums = [sums + 8 * k for k in range(4)]
+        start = [slot.load(F64) for slot in slots_of_sums] + [Value(b, I1(0))]
+        # the last block may be short: the loop counts up to the next multiple of BLOCK
+        _, state = loop(Value(b, I64(0)), n + (BLOCK - 1), BLOCK, start, block)
+        for slot, value in zip(slots_of_sums, state[:4], strict=True):
+            slot.store(value)
+        when(state[4], lambda: (sums + 8 * SUMS.index("invalid")).store(full(b, F64, 1, 1.0)))
+
+
+def two_sum(high: Value, low: Value, term: Value) -> tuple[Value, Value]:
+    """(high, low) + term with the rounding error of high kept in low (Knuth's TwoSum: any order of magnitudes)."""
+    total = high + term
+    back = total - high
+    return total, low + ((high - (total - back)) + (term - back))

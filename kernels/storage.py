@@ -1,0 +1,47 @@
+"""How numbers lie in memory: read as the compute type, written with rounding to nearest even."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .values import F16, F32, F64, I8, I16, I32, I64, SIZE, Value
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+# name -> LLVM element type in memory
+MEMORY: dict[str, ir.Type] = {
+    "float16": F16, "bfloat16": I16, "float32": F32, "float64": F64, "bool": I8,
+    "int8": I8, "int16": I16, "int32": I32, "int64": I64, "uint8": I8, "uint16": I16, "uint32": I32, "uint64": I64,
+}  # fmt: skip
+COMPUTE = {"float32": F32, "float64": F64}
+
+
+def itemsize(storage: str) -> int:
+    """Bytes of one element."""
+    return SIZE[MEMORY[storage]]
+
+
+def load(address: Value, storage: str, compute: ir.Type, lanes: int = 1) -> Value:
+    """`lanes` elements at `address` as numbers of the compute type, exactly where it is at least as wide."""
+    raw = address.load(MEMORY[storage], lanes)
+    if storage == "bfloat16":  # the upper half of a float32
+        raw = (raw.zext(I32) << 16).bits(F32)
+    elif storage == "float16":  # by way of float32: the one conversion that CPUs have
+        raw = raw.to(F32)
+    return raw.to(compute, unsigned=storage == "bool" or storage.startswith("u"))
+
+
+def store(address: Value, value: Value, storage: str, stream: bool = False) -> None:
+    """Write floats, rounded to nearest even; `stream` as in `Value.store`."""
+    if storage == "bfloat16":
+        value = value.to(F32)
+        bits = value.bits(I32)
+        odd = (bits >> 16) & 1
+        # a NaN must not round up to infinity: keep its sign and upper bits, and make it quiet
+        rounded = value.isnan().select((bits >> 16) | 0x40, (bits + odd + 0x7FFF) >> 16).trunc(I16)
+    elif storage == "float16":  # LLVM has no single instruction from float64 to float16
+        rounded = value.to(F32).to(F16)
+    else:
+        rounded = value.to(MEMORY[storage])
+    address.store(rounded, stream)

@@ -1,0 +1,297 @@
+"""The emitter: a `Value` writes LLVM instructions as you compute with it, on vectors and on scalars alike.
+
+Widths are the source's (`LANES` per vector): LLVM splits or joins them for the machine at hand. No fast-math flag is
+ever set, so NaN and infinity behave as IEEE 754 says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+from llvmlite import ir
+
+LANES = 16
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+SIZE = {I8: 1, I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8}
+INT_OF = {F16: I16, F32: I32, F64: I64}
+NAME = {F16: "f16", F32: "f32", F64: "f64", I1: "i1", I8: "i8", I16: "i16", I32: "i32", I64: "i64"}
+
+Number = Union["Value", float, int]
+
+
+def element(type_: ir.Type) -> ir.Type:
+    """The element type of a vector type; a scalar type is its own."""
+    return type_.element if isinstance(type_, ir.VectorType) else type_
+
+
+def vector(elem: ir.Type, lanes: int) -> ir.Type:
+    """`<lanes x elem>`; one lane is the scalar itself, so that a loop's tail runs the same source."""
+    return ir.VectorType(elem, lanes) if lanes > 1 else elem
+
+
+def constant(type_: ir.Type, number: float) -> ir.Constant:
+    """`number` in every lane of `type_`."""
+    number = float(number) if element(type_) in INT_OF else int(number)
+    return ir.Constant(type_, [number] * type_.count if isinstance(type_, ir.VectorType) else number)
+
+
+class Value:
+    """An LLVM value and the builder that made it. Python numbers take the type of what they meet."""
+
+    __slots__ = ("b", "v")
+
+    def __init__(self, b: ir.IRBuilder, v: Any) -> None:
+        self.b, self.v = b, v
+
+    @property
+    def type(self) -> ir.Type:
+        return self.v.type
+
+    @property
+    def elem(self) -> ir.Type:
+        return element(self.type)
+
+    @property
+    def lanes(self) -> int:
+        return self.type.count if isinstance(self.type, ir.VectorType) else 1
+
+    @property
+    def is_float(self) -> bool:
+        return self.elem in INT_OF
+
+    def _new(self, v: Any) -> Value:
+        return Value(self.b, v)
+
+    def lift(self, other: Number) -> Value:
+        """`other` as a value of my type: a Python number, a scalar to splat, or already one."""
+        if not isinstance(other, Value):
+            return self._new(constant(self.type, other))
+        return other.splat(self.lanes) if other.lanes == 1 else other
+
+    def _binary(self, name: str, other: Number, swapped: bool = False) -> Value:
+        if isinstance(other, Value) and other.lanes > self.lanes:
+            return other._binary(name, self, not swapped)
+        a, c = self, self.lift(other)
+        if swapped:
+            a, c = c, a
+        return self._new(getattr(self.b, ("f" if self.is_float else "") + name)(a.v, c.v))
+
+    def __add__(self, o: Number) -> Value: return self._binary("add", o)  # fmt: skip
+    def __radd__(self, o: Number) -> Value: return self._binary("add", o, True)  # fmt: skip
+    def __sub__(self, o: Number) -> Value: return self._binary("sub", o)  # fmt: skip
+    def __rsub__(self, o: Number) -> Value: return self._binary("sub", o, True)  # fmt: skip
+    def __mul__(self, o: Number) -> Value: return self._binary("mul", o)  # fmt: skip
+    def __rmul__(self, o: Number) -> Value: return self._binary("mul", o, True)  # fmt: skip
+    def __truediv__(self, o: Number) -> Value: return self._binary("div", o)  # fmt: skip
+    def __rtruediv__(self, o: Number) -> Value: return self._binary("div", o, True)  # fmt: skip
+    def __neg__(self) -> Value: return self._new(self.b.fneg(self.v) if self.is_float else self.b.neg(self.v))  # fmt: skip
+    def __abs__(self) -> Value: return self.call("llvm.fabs")  # fmt: skip
+    def __and__(self, o: Number) -> Value: return self._new(self.b.and_(self.v, self.lift(o).v))  # fmt: skip
+    def __or__(self, o: Number) -> Value: return self._new(self.b.or_(self.v, self.lift(o).v))  # fmt: skip
+    def __xor__(self, o: Number) -> Value: return self._new(self.b.xor(self.v, self.lift(o).v))  # fmt: skip
+    def __invert__(self) -> Value: return self._new(self.b.not_(self.v))  # fmt: skip
+    def __lshift__(self, bits: int) -> Value: return self._new(self.b.shl(self.v, self.lift(bits).v))  # fmt: skip
+    def __rshift__(self, bits: int) -> Value: return self._new(self.b.ashr(self.v, self.lift(bits).v))  # fmt: skip
+
+    def _compare(self, op: str, other: Number) -> Value:
+        if isinstance(other, Value) and other.lanes > self.lanes:
+            return other._compare({"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(op, op), self)
+        o = self.lift(other).v
+        if not self.is_float:
+            return self._new(self.b.icmp_signed(op, self.v, o))
+        # != is the one comparison that NaN satisfies
+        return self._new((self.b.fcmp_unordered if op == "!=" else self.b.fcmp_ordered)(op, self.v, o))
+
+    def __lt__(self, o: Number) -> Value: return self._compare("<", o)  # fmt: skip
+    def __le__(self, o: Number) -> Value: return self._compare("<=", o)  # fmt: skip
+    def __gt__(self, o: Number) -> Value: return self._compare(">", o)  # fmt: skip
+    def __ge__(self, o: Number) -> Value: return self._compare(">=", o)  # fmt: skip
+    def __eq__(self, o: Number) -> Value: return self._compare("==", o)  # type: ignore[override]  # fmt: skip
+    def __ne__(self, o: Number) -> Value: return self._compare("!=", o)  # type: ignore[override]  # fmt: skip
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("an emitted value is not known while compiling: use where(condition, a, b)")
+
+    def below(self, bound: Number) -> Value:
+        """0 <= self < bound for integers, in one unsigned comparison."""
+        return self._new(self.b.icmp_unsigned("<", self.v, self.lift(bound).v))
+
+    def isnan(self) -> Value:
+        return self._new(self.b.fcmp_unordered("uno", self.v, self.v))
+
+    def select(self, yes: Number, no: Number) -> Value:
+        """yes where I am true, no elsewhere; at least one of them a value."""
+        like = yes if isinstance(yes, Value) and (not isinstance(no, Value) or yes.lanes >= no.lanes) else no
+        if not isinstance(like, Value):
+            raise TypeError("select needs one emitted value to know the type")
+        like = like.splat(self.lanes)
+        return self._new(self.b.select(self.splat(like.lanes).v, like.lift(yes).v, like.lift(no).v))
+
+    def at_least(self, floor: Number) -> Value:
+        """max(floor, self) that keeps NaN in self: one maxps."""
+        return (self < floor).select(floor, self)
+
+    def at_most(self, ceiling: Number) -> Value:
+        """min(ceiling, self) that keeps NaN in self."""
+        return (self > ceiling).select(ceiling, self)
+
+    def fma(self, y: Number, z: Number) -> Value:
+        """self * y + z, rounded once."""
+        lanes = max(v.lanes for v in (self, y, z) if isinstance(v, Value))
+        x = self.splat(lanes)
+        return x.call("llvm.fma", x.lift(y), x.lift(z))
+
+    def rint(self) -> Value: return self.call("llvm.rint")  # fmt: skip
+
+    def call(self, name: str, *args: Value, result: ir.Type | None = None) -> Value:
+        """Call the intrinsic `name`, overloaded on my type."""
+        suffix = f"v{self.lanes}{NAME[self.elem]}" if self.lanes > 1 else NAME[self.elem]
+        values = [self.v, *(a.v for a in args)]
+        signature = ir.FunctionType(result or self.type, [v.type for v in values])
+        return self._new(self.b.call(declare(self.b.module, f"{name}.{suffix}", signature), values))
+
+    # conversions
+    def like(self, elem: ir.Type) -> ir.Type:
+        return vector(elem, self.lanes)
+
+    def splat(self, lanes: int) -> Value:
+        """A scalar in every one of `lanes` lanes; a vector stays as it is."""
+        if lanes == 1 or self.lanes > 1:
+            return self
+        undef = ir.Constant(vector(self.type, lanes), ir.Undefined)
+        first = self.b.insert_element(undef, self.v, ir.Constant(I32, 0))
+        return self._new(self.b.shuffle_vector(first, undef, ir.Constant(vector(I32, lanes), [0] * lanes)))
+
+    def bits(self, elem: ir.Type) -> Value: return self._new(self.b.bitcast(self.v, self.like(elem)))  # fmt: skip
+    def zext(self, elem: ir.Type) -> Value: return self._new(self.b.zext(self.v, self.like(elem)))  # fmt: skip
+    def trunc(self, elem: ir.Type) -> Value: return self._new(self.b.trunc(self.v, self.like(elem)))  # fmt: skip
+    def to_int(self, elem: ir.Type) -> Value: return self._new(self.b.fptosi(self.v, self.like(elem)))  # fmt: skip
+
+    def to(self, elem: ir.Type, unsigned: bool = False) -> Value:
+        """The number that I hold, as a float of type `elem` (rounded to nearest even where it is narrower)."""
+        if self.elem == elem:
+            return self
+        if not self.is_float:
+            return self._new((self.b.uitofp if unsigned else self.b.sitofp)(self.v, self.like(elem)))
+        widen = SIZE[elem] > SIZE[self.elem]
+        return self._new((self.b.fpext if widen else self.b.fptrunc)(self.v, self.like(elem)))
+
+    # lanes
+    def lane(self, k: int) -> Value:
+        return self._new(self.b.extract_element(self.v, ir.Constant(I32, k))) if self.lanes > 1 else self
+
+    def with_lane(self, k: int, scalar: Value) -> Value:
+        return self._new(self.b.insert_element(self.v, scalar.v, ir.Constant(I32, k))) if self.lanes > 1 else scalar
+
+    def halves(self) -> tuple[Value, Value]:
+        """The lower and the upper half of my lanes."""
+        half, undef = self.lanes // 2, ir.Constant(self.type, ir.Undefined)
+        if half == 1:
+            return self.lane(0), self.lane(1)
+        masks = (ir.Constant(vector(I32, half), list(range(k, k + half))) for k in (0, half))
+        lo, hi = (self.b.shuffle_vector(self.v, undef, mask) for mask in masks)
+        return self._new(lo), self._new(hi)
+
+    def fold(self, combine: Callable[[Value, Value], Value]) -> Value:
+        """All lanes combined pairwise, lower half with upper half, into one scalar: a fixed order."""
+        out = self
+        while out.lanes > 1:
+            out = combine(*out.halves())
+        return out
+
+    def sum(self) -> Value: return self.fold(lambda a, b: a + b)  # fmt: skip
+    def max(self) -> Value: return self.fold(lambda a, b: (a > b).select(a, b))  # fmt: skip
+
+    def any(self) -> Value:
+        return self.call("llvm.vector.reduce.or", result=I1) if self.lanes > 1 else self
+
+    # memory: I am an address
+    def load(self, elem: ir.Type, lanes: int = 1, align: int | None = None) -> Value:
+        type_ = vector(elem, lanes)
+        pointer = self.b.inttoptr(self.v, type_.as_pointer())
+        return self._new(self.b.load(pointer, align=align or SIZE[elem], typ=type_))
+
+    def store(self, value: Value, stream: bool = False) -> None:
+        """Write `value` at me. `stream` (a whole, aligned vector) goes past the caches."""
+        align = SIZE[value.elem] * (value.lanes if stream else 1)
+        put = self.b.store(value.v, self.b.inttoptr(self.v, value.type.as_pointer()), align=align)
+        if stream:
+            put.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+def declare(module: ir.Module, name: str, signature: ir.FunctionType) -> ir.Function:
+    """The external function `name` of `module`, declared once."""
+    return module.globals[name] if name in module.globals else ir.Function(module, signature, name)
+
+
+def iota(b: ir.IRBuilder, lanes: int, elem: ir.Type = I32) -> Value:
+    """0, 1, 2, ... across the lanes."""
+    return Value(b, ir.Constant(vector(elem, lanes), list(range(lanes)) if lanes > 1 else 0))
+
+
+def full(b: ir.IRBuilder, elem: ir.Type, lanes: int, number: float = 0.0) -> Value:
+    """`number` in every lane."""
+    return Value(b, constant(vector(elem, lanes), number))
+
+
+def loop(
+    start: Value,
+    stop: Value,
+    step: int,
+    state: Sequence[Value],
+    body: Callable[..., Sequence[Value] | None],
+) -> tuple[Value, list[Value]]:
+    """`while i + step <= stop: state = body(i, *state); i += step`; gives the last i and state.
+
+    What is left over (fewer than `step`) is the caller's, who runs the same body with fewer lanes.
+    """
+    b, before = stop.b, stop.b.block
+    head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+    b.branch(head)
+    b.position_at_end(head)
+    i = b.phi(I64)
+    i.add_incoming(start.v, before)
+    phis = []
+    for value in state:
+        phi = b.phi(value.type)
+        phi.add_incoming(value.v, before)
+        phis.append(phi)
+    following = b.add(i, ir.Constant(I64, step))
+    b.cbranch(b.icmp_signed("<=", following, stop.v), inside, after)
+    b.position_at_end(inside)
+    new = body(Value(b, i), *(Value(b, phi) for phi in phis)) or []
+    i.add_incoming(following, b.block)
+    for phi, value in zip(phis, new, strict=True):
+        phi.add_incoming(value.v, b.block)
+    b.branch(head)
+    b.position_at_end(after)
+    return Value(b, i), [Value(b, phi) for phi in phis]
+
+
+def when(
+    condition: Value,
+    then: Callable[[], Sequence[Value] | None],
+    otherwise: Callable[[], Sequence[Value] | None] | None = None,
+) -> list[Value]:
+    """The values of `then()` where the scalar `condition` holds, else those of `otherwise()`, by a real branch."""
+    b = condition.b
+    yes, no, after = (b.append_basic_block(name) for name in ("yes", "no", "join"))
+    b.cbranch(condition.v, yes, no)
+    arms = []
+    for block, arm in ((yes, then), (no, otherwise)):
+        b.position_at_end(block)
+        values = list((arm() if arm else None) or [])
+        arms.append((values, b.block))
+        b.branch(after)
+    b.position_at_end(after)
+    out = []
+    for a, c in zip(arms[0][0], arms[1][0], strict=True):
+        phi = b.phi(a.type)
+        phi.add_incoming(a.v, arms[0][1])
+        phi.add_incoming(c.v, arms[1][1])
+        out.append(Value(b, phi))
+    return out

@@ -1,0 +1,343 @@
+"""exp, log and their kin on emitted float32 or float64 values of any width, and on NumPy arrays.
+
+No libm, no fast-math, no branch: NaN, infinities, signed zeros and subnormal numbers come out right from the same
+straight line of vector instructions. docs/accuracy.md has the errors, and how the coefficients were fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from llvmlite import ir
+
+from .values import F32, F64, I32, I64, Value
+
+Operand = Any  # an emitted Value, a NumPy array or a Python float
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the formulas need to know of a floating-point type."""
+
+    integer: ir.Type
+    mantissa: int  # bits stored
+    bias: int
+    floor: float  # exp(floor) rounds to 0
+    ceiling: float  # exp(ceiling) is infinite
+    ln2: float  # ln 2, rounded; x - n * ln2 is exact in an fma
+    ln2_low: float  # what ln2 lacks
+    ln2_short: float  # ln 2 with so few bits that exponent * ln2_short is exact
+    ln2_short_low: float
+    middle: int  # the bits of 0.75
+    max_count: float  # of ShiftedExp
+    exp: Sequence[float]  # exp(r), |r| <= ln(2) / 2
+    exp_short: Sequence[float]  # the same for sums
+    tanh: Sequence[float]  # (tanh(a) / a - 1) / a**2 in powers of a**2, a <= 0.55
+
+    @property
+    def magic(self) -> float:
+        """Adding it rounds to an integer and leaves that in the low bits."""
+        return 1.5 * 2.0**self.mantissa
+
+    @property
+    def raise_(self) -> int:
+        """2**raise_ times any subnormal number is normal."""
+        return self.mantissa + 1
+
+
+LOG2E = 1.4426950408889634
+EXP64 = [1.0, 1.0, 0.5000000000000001, 0.16666666666666669, 0.04166666666662413, 0.008333333333330062,
+         0.0013888888917213717, 0.00019841269863053618, 2.4801521295954376e-05, 2.7557268459997064e-06,
+         2.7620088445409746e-07, 2.510038549551032e-08]  # 1.6e-17  # fmt: skip
+FORMATS = {
+    F32: Format(
+        I32, 23, 127, -104.0, 89.0, 0.693147182464599609375, -1.904654323148236e-09,
+        0.693359375, -2.1219444005469057e-04, 0x3F400000, 4e6,
+        exp=[1.0, 1.0, 0.4999999403953552, 0.1666652113199234, 0.041668254882097244, 0.008368662558495998,
+             0.0013821469619870186],  # 3.1e-9
+        exp_short=[1.0, 0.9999997019767761, 0.4999915063381195, 0.16667647659778595, 0.041897840797901154,
+                   0.008289716206490993],  # 9.2e-8
+        tanh=[-0.33333316445350647, 0.13332544267177582, -0.053847551345825195, 0.021050749346613884,
+              -0.006242959760129452],  # 1.2e-9
+    ),
+    F64: Format(
+        I64, 52, 1023, -745.14, 710.0, 0.6931471805599453, 2.3190468138462996e-17,
+        6.93147180369123816490e-01, 1.90821492927058770002e-10, 0x3FE8 << 48, 2.0**40,
+        exp=EXP64,
+        exp_short=EXP64,
+        tanh=[-0.33333333333332316, 0.1333333333316893, -0.053968253876161436, 0.021869485976354908,
+              -0.008863194521137334, 0.003591719812353689, -0.0014532172380083976, 0.0005791382389438725,
+              -0.00021030412098014086, 5.1022498745324134e-05],  # 2.3e-17
+    ),
+}  # fmt: skip
+
+# (log(1 + f) - f) / f**2, errors relative to log(1 + f)
+LOG = [-0.5, 0.3333345055580139, -0.25000110268592834, 0.19990848004817963, -0.1664687842130661,
+       0.14477629959583282, -0.13163936138153076, 0.10472550988197327,
+       -0.045152269303798676]  # -1/4 <= f <= 1/2: 4.9e-9  # fmt: skip
+LOG_LOWER = [-0.5, 0.3333098888397217, -0.2509778141975403, 0.184430330991745, -0.29346713423728943,
+             -0.44180503487586975, -1.6855512857437134, -2.182602643966675,
+             -1.6166592836380005]  # -1/2 <= f <= 0: 5.6e-9  # fmt: skip
+# (2 atanh(s) - 2 s) / s**3 in powers of s**2 <= 0.04, for float64: 3.1e-17
+ATANH = [0.6666666666667271, 0.399999999961603, 0.2857142939550783, 0.22222138469336067, 0.18186358309781409,
+         0.15250123443875171, 0.15368852495413302]  # fmt: skip
+
+
+def on_arrays(formula: Callable[[Any, Any], Any]) -> Callable[[Callable[[Value], Any]], Callable[[Operand], Any]]:
+    """The decorated function emits; what is no emitted value goes to `formula(numpy, x)`."""
+
+    def decorate(emit: Callable[[Value], Any]) -> Callable[[Operand], Any]:
+        @wraps(emit)
+        def function(x: Operand) -> Any:
+            if isinstance(x, Value):
+                return emit(x)
+            import numpy
+
+            return formula(numpy, x)
+
+        return function
+
+    return decorate
+
+
+def where(condition: Operand, a: Operand, b: Operand) -> Any:
+    """a where the condition holds, else b; a Python bool decides while compiling."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    if isinstance(condition, Value):
+        return condition.select(a, b)
+    import numpy
+
+    return numpy.where(condition, a, b)
+
+
+def horner(x: Value, coefficients: Sequence[float]) -> Value:
+    """coefficients[0] + coefficients[1] * x + coefficients[2] * x**2 + ..."""
+    p = x.lift(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        p = p.fma(x, c)
+    return p
+
+
+def _shift_right(x: Value, bits: int) -> Value:
+    """Zeros come in from the left: AVX2 has no other right shift of 64-bit integers."""
+    return Value(x.b, x.b.lshr(x.v, x.lift(bits).v))
+
+
+def _power_of_2(n: Value) -> Value:
+    """2**(n - bias) for an integer of which only the low bits count."""
+    elem, k = (F32, FORMATS[F32]) if n.elem == I32 else (F64, FORMATS[F64])
+    return (n << k.mantissa).bits(elem)
+
+
+def _with_sign_of(x: Value, y: Value) -> Value:
+    """y, of which the sign is + or already that of x, with the sign of x: for zeros."""
+    k = FORMATS[x.elem]
+    sign = x.bits(k.integer) & (-1 << (k.integer.width - 1))
+    return (y.bits(k.integer) | sign).bits(x.elem)
+
+
+def _reduce(x: Value, bias: int) -> tuple[Value, Value, Value]:
+    """r + low = x - n * ln 2 for the integer n nearest to x / ln 2, and an integer whose low bits are n + bias's."""
+    k = FORMATS[x.elem]
+    t = x.fma(LOG2E, k.magic + bias)  # no conversion: that of NaN is undefined, and AVX2 has none to 64 bits
+    n = t - (k.magic + bias)
+    exact = n.fma(-k.ln2, x)
+    r = n.fma(-k.ln2_low, exact)
+    return r, n.fma(-k.ln2_low, exact - r), t.bits(k.integer)
+
+
+@on_arrays(lambda np, x: np.exp(x))
+def exp(x: Value) -> Value:
+    """e**x."""
+    k = FORMATS[x.elem]
+    r, _, n = _reduce(x.at_least(k.floor).at_most(k.ceiling), 2 * k.bias)
+    half = _shift_right(n, 1)  # two factors, since 2**n alone may be subnormal or infinite where the result is not
+    return horner(r, k.exp) * _power_of_2(half) * _power_of_2(n - half)
+
+
+@on_arrays(lambda np, x: np.expm1(x))
+def expm1(x: Value) -> Value:
+    """e**x - 1."""
+    k = FORMATS[x.elem]
+    r, low, n = _reduce(x.at_least(-2.0 * k.mantissa).at_most(k.ceiling), k.bias - 1)
+    p = (r * r).fma(horner(r, k.exp[2:]), low) + r
+    half = _power_of_2(n)  # 2**n / 2, since 2**n may be infinite where the result is not
+    y = (half == 0.5).select(p, half.fma(p, half - 0.5) * 2.0)
+    return _with_sign_of(x, y)
+
+
+def _split(x: Value) -> tuple[Value, Value]:
+    """x = 2**e * m for positive normal x, with m in [0.75, 1.5); e as a float."""
+    k = FORMATS[x.elem]
+    i = x.bits(k.integer) - k.middle
+    m = ((i & ((1 << k.mantissa) - 1)) + k.middle).bits(x.elem)
+    if x.elem == F32:
+        return (i >> k.mantissa).to(F32), m
+    # AVX2 converts no 64-bit integers: e + bias becomes the low bits of 2**52
+    e = _shift_right(i + (k.bias << k.mantissa), k.mantissa) | (0x433 << k.mantissa)
+    return e.bits(F64) - (2.0**52 + k.bias), m
+
+
+def _log_sum(e: Value, f: Value, rest: float | Value = 0.0) -> Value:
+    """e * ln 2 + log(1 + f) + rest for f in [-1/4, 1/2] and a small rest."""
+    k = FORMATS[f.elem]
+    low, square = e.fma(k.ln2_short_low, rest), f * f
+    if f.elem == F32:
+        return e.fma(k.ln2_short, square.fma(horner(f, LOG), low) + f)
+    s = f / (f + 2.0)  # log(1 + f) = 2 atanh(s) = f - s * (f - ...), in fdlibm's order
+    z, half = s * s, square * 0.5
+    return e.fma(k.ln2_short, f - (half - s.fma(z.fma(horner(z, ATANH), half), low)))
+
+
+@on_arrays(lambda np, x: np.log(x))
+def log(x: Value) -> Value:
+    """The natural logarithm: -inf of 0, NaN below."""
+    k = FORMATS[x.elem]
+    subnormal = x < 2.0 ** (1 - k.bias)
+    e, m = _split(subnormal.select(x * 2.0**k.raise_, x))
+    y = _log_sum(e - subnormal.select(x.lift(k.raise_), 0.0), m - 1.0)
+    y = (x <= 0.0).select((x == 0.0).select(x.lift(float("-inf")), float("nan")), y)
+    return (x < float("inf")).select(y, x)
+
+
+@on_arrays(lambda np, x: np.log1p(x))
+def log1p(x: Value) -> Value:
+    """log(1 + x)."""
+    k = FORMATS[x.elem]
+    y = x + 1.0
+    e, m = _split(y)
+    lost = x - (y - 1.0)  # exact up to 2**mantissa, of no weight above
+    inverse = ((k.bias << k.mantissa) - (y.bits(k.integer) - m.bits(k.integer))).bits(x.elem)  # 2**-e
+    f = m - 1.0
+    f = (y < 2.0**k.raise_).select(lost.fma(inverse, f), f)
+    r = _log_sum(e, (e == 0.0).select(x, f))
+    r = (x <= -1.0).select((x == -1.0).select(x.lift(float("-inf")), float("nan")), r)
+    return (x < float("inf")).select(_with_sign_of(x, r), x)
+
+
+def _exp_neg(a: Value) -> tuple[Value, Value, Value]:
+    """p, low, scale: exp(-a) = (p + low) * scale for a >= 0, low being what the rounding of p took away."""
+    k = FORMATS[a.elem]
+    r, _, n = _reduce((-a).at_least(k.floor), k.bias + k.raise_)
+    q = horner(r, k.exp[1:])
+    p = q.fma(r, 1.0)
+    return p, q.fma(r, 1.0 - p), _power_of_2(n) * 2.0**-k.raise_
+
+
+@on_arrays(lambda np, a: np.log1p(np.exp(-a)))
+def log1p_exp_neg(a: Value) -> Value:
+    """log(1 + exp(-a)) for a >= 0, to the last bits of its tail."""
+    p, low, scale = _exp_neg(a)
+    u = p * scale
+    upper = u > 0.5  # there 1 + u = 2 * (1 + f), f exact
+    one = upper.select(u.lift(1.0), 0.0)
+    half_scale = upper.select(scale * 0.5, scale)
+    return _log_sum(one, upper.select(u.fma(0.5, -0.5), u), low * half_scale)
+
+
+@on_arrays(lambda np, x: np.maximum(x, 0) + np.log1p(np.exp(-abs(x))))
+def softplus(x: Value) -> Value:
+    """log(1 + exp(x))."""
+    return x.at_least(0.0) + log1p_exp_neg(abs(x))
+
+
+def _sigmoid_of_arrays(np: Any, x: Any) -> Any:
+    u = np.exp(-abs(x))
+    return np.where(x < 0, u, 1) / (1 + u)
+
+
+@on_arrays(_sigmoid_of_arrays)
+def sigmoid(x: Value) -> Value:
+    """1 / (1 + exp(-x))."""
+    p, low, scale = _exp_neg(abs(x))
+    u, negative = p * scale, x < 0.0
+    below = u + 1.0
+    y = negative.select(u, 1.0) / below
+    # what the numerator and the denominator had lost: 1.35 ulp in float32, without it 2.33
+    lost = low.fma(scale, 1.0 - below + u)
+    return y + y.fma(-lost, negative.select(low * scale, 0.0))
+
+
+@on_arrays(lambda np, x: np.tanh(x))
+def tanh(x: Value) -> Value:
+    """The hyperbolic tangent."""
+    k = FORMATS[x.elem]
+    a = abs(x)
+    square = a * a
+    small = (a * square).fma(horner(square, k.tanh), a)
+    r, _, n = _reduce((a * 2.0).at_most(0.8 * k.mantissa), k.bias)  # above, 1
+    large = 1.0 - 2.0 / horner(r, k.exp).fma(_power_of_2(n), 1.0)
+    return _with_sign_of(x, (a < 0.55).select(small, large))
+
+
+def _bce_logs_of_arrays(np: Any, p: Any) -> tuple[Any, Any]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.maximum(np.log(p), -100), np.maximum(np.log1p(-p), -100)
+
+
+@on_arrays(_bce_logs_of_arrays)
+def bce_logs(p: Value) -> tuple[Value, Value]:
+    """max(log(p), -100) and max(log(1 - p), -100) for p in [0, 1]; anything for other p."""
+    k = FORMATS[p.elem]
+    swap = p > 0.5
+    s = swap.select(1.0 - p, p)  # the smaller of p and 1 - p, exact
+    y = s * 2.0**k.raise_
+    if p.elem == F32:
+        # s = 2**e * (1 + f), -1/2 < f <= 0: one polynomial for both
+        i = y.bits(I32) - 0x3F000001
+        f = ((i & 0x7FFFFF) + 0x3F000001).bits(F32) - 1.0
+        e = ((i >> k.mantissa) - k.raise_).to(F32)
+        below = e.fma(k.ln2, (f * f).fma(horner(f, LOG_LOWER), f))
+        above = (s * s).fma(horner(-s, LOG_LOWER), -s)
+    else:
+        e, m = _split(y)
+        below = _log_sum(e - k.raise_, m - 1.0)
+        halved = s > 0.29
+        above = _log_sum(halved.select(s.lift(-1.0), 0.0), halved.select(s.fma(-2.0, 1.0), -s))
+    below = below.at_least(-100.0)
+    return swap.select(above, below), swap.select(below, above)
+
+
+class ShiftedExp:
+    """x -> exp(x - count * LN2), where LN2 is ln 2 (for float32 as rounded to float32) and count holds an integer.
+
+    Never wraps: far above it saturates near 2**127 (float64: 2**1023), and far below, -inf included, near 2**-125.5
+    (2**-1021.5), which is no subnormal number. NaN stays NaN. The relative error does not grow with count.
+    hi + lo is what was subtracted, count * LN2, in float64.
+    """
+
+    def __init__(self, count: Value) -> None:
+        k = self.format = FORMATS[count.elem]
+        self.floor, self.ceiling = ((count + n) * k.ln2 for n in (1.5 - k.bias, k.bias))
+        self.magic = k.magic + k.bias - count
+        wide = count.to(F64)
+        self.hi = wide * k.ln2
+        # float32: 22 bits times 24 are exact
+        self.lo = wide.lift(0.0) if count.elem == F32 else wide.fma(k.ln2_low, wide.fma(k.ln2, -self.hi))
+
+    @staticmethod
+    def count_for(maximum: Value) -> Value:
+        """The count for which exp(maximum) becomes about 1; some legal count for NaN and for what is too large."""
+        k = FORMATS[maximum.elem]
+        bound = k.max_count * k.ln2
+        m = (maximum > -bound).select(maximum, -bound).at_most(bound)
+        return m.fma(LOG2E, k.magic) - k.magic
+
+    def factors(self, x: Value) -> tuple[Value, Value]:
+        """Two factors of the result, the second a power of 2: a sum takes them by one fma."""
+        k = self.format
+        x = x.at_least(self.floor).at_most(self.ceiling)
+        t = x.fma(LOG2E, self.magic)
+        n = t - self.magic
+        r = n.fma(-k.ln2, x)
+        if x.elem == F64:
+            r = n.fma(-k.ln2_low, r)
+        return horner(r, k.exp_short), _power_of_2(t.bits(k.integer))
+
+    def __call__(self, x: Value) -> Value:
+        p, scale = self.factors(x)
+        return p * scale
