@@ -91,7 +91,9 @@ class Call(ABC):
         self.prepare(differentiable=False)
         if per_sample is None:
             return self.run(None, careful=False)
-        dtype = per_sample.dtype.name
+        dtype = dispatch.view(per_sample, "per_sample").dtype
+        if dtype not in ("float32", "float64"):
+            raise TypeError(f"per_sample has dtype {dtype}, expected float32 or float64")
         result = self._result("per_sample", per_sample, self.losses_shape, dtype, per_sample, per_sample)
         sums = self.run(View(result.data, dtype), careful=True)
         result.finish()

@@ -12,6 +12,7 @@ from . import checks, dispatch
 from .arrays import View
 from .backends import cpu
 from .call import Call, Result, Shape, as_floats
+from .kernels.nll import NLLVariant
 from .kernels.pointwise import SUMS
 from .kernels.softmax import SoftmaxVariant
 from .kernels.storage import INTEGERS
@@ -52,7 +53,7 @@ class _ClassCall(Call):
         # a row loss over (C) is one over (1, C)
         self.logits = self.x.data[None] if axis == 0 else self.x.data
         self._check_target()
-        if self.classes == 0 and math.prod(self._losses_shape):
+        if self.classes == 0 and 0 not in self._losses_shape:
             raise ValueError(f"input has shape {self.x.shape}: there are samples, but no classes")
 
     def _check_target(self) -> None:
@@ -87,6 +88,10 @@ class _ClassCall(Call):
     def compute(self) -> str:
         return "float64" if self.x.dtype == "float64" else "float32"
 
+    def with_samples(self, array: np.ndarray | None) -> np.ndarray | None:
+        """An array of the input's or the losses' shape, with a dimension of one sample where the input is (C)."""
+        return array[None] if array is not None and self.x.data.ndim == 1 else array
+
     def class_weights(self, dtype: str) -> np.ndarray | None:
         """Class weights as one piece of memory of the compute type."""
         return None if self.w is None else np.ascontiguousarray(as_floats(self.w), dtype)
@@ -112,7 +117,7 @@ class _ClassCall(Call):
         return checks.positioned(checks.ClassIndexError, template, position)
 
     def _rows(self) -> int:
-        return self.logits.shape[0]
+        return int(self.logits.shape[0])
 
     def _sums(self, raw: np.ndarray) -> Sums:
         if raw[SUMS.index("invalid")]:
@@ -220,17 +225,14 @@ class SoftmaxCall(_ClassCall):
             grad_target=grad_target.dtype if grad_target else None,
         )
 
-        def with_samples(array: np.ndarray | None, extra: bool) -> np.ndarray | None:
-            return None if array is None else array[None] if self.x.data.ndim == 1 and extra else array
-
         arrays = [
             self.logits,
-            with_samples(self.t.data, True) if self.by_probability else None,
-            with_samples(grad.data if grad else None, True),
-            with_samples(grad_target.data if grad_target else None, True),
+            self.with_samples(self.t.data) if self.by_probability else None,
+            self.with_samples(grad.data if grad else None),
+            self.with_samples(grad_target.data if grad_target else None),
             None if self.by_probability else self.index,
-            with_samples(upstream, True),
-            with_samples(losses.data if losses else None, True),
+            self.with_samples(upstream),
+            self.with_samples(losses.data if losses else None),
         ]
         total_weight = self.classes if weights is None else float(self.class_weights("float64").sum())  # type: ignore[union-attr]
         keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
@@ -268,7 +270,7 @@ class SoftmaxCall(_ClassCall):
 
 
 class NLLCall(_ClassCall):
-    """One call of nll_loss: reads one logit a sample, so NumPy's indexing does all of it."""
+    """One call of nll_loss."""
 
     weighted_mean = True
 
@@ -277,40 +279,43 @@ class NLLCall(_ClassCall):
         return {"input": (self.x, self.input)}
 
     def run(self, losses: View | None, careful: bool) -> Sums:
-        total, count = self.check_indices()
-        return self._pick(losses, None, 1.0, None, total, count)
+        if careful:
+            self.check_indices()
+        return self._launch(losses, None, 1.0, None)
 
     def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
         total, count = self.check_indices()
         none = self.reduction == "none"
         scale = 1.0 if none else upstream * self.scale(total, count, self._rows())
-        return self._pick(losses, grads.get("input"), scale, upstream if none else None, total, count)
+        sums = self._launch(losses, None, 1.0, None)  # reads the logits that an in-place gradient replaces
+        grad = grads["input"]
+        in_place = grad.data.dtype.isnative and grad.data.flags.aligned
+        native = grad.data if in_place else np.empty(grad.data.shape, grad.data.dtype.newbyteorder("="))
+        native[...] = 0
+        self._launch(None, View(native, grad.dtype), scale, upstream if none else None)
+        if not in_place:
+            grad.data[...] = native
+        return sums
 
-    def _pick(
-        self, losses: View | None, grad: Result | None, scale: float, upstream: np.ndarray | None, total: float, count: int
-    ) -> Sums:
+    def _launch(self, losses: View | None, grad: View | None, scale: float, upstream: np.ndarray | None) -> Sums:
         weights = self.class_weights("float64")
-        keep = self.index != self.ignore_index
-        index = np.where(keep, self.index, 0).astype(np.int64, copy=False)
-        if self.classes == 0:
-            picked = np.zeros(self.index.shape)
-        else:
-            chosen = np.take_along_axis(self.logits, np.expand_dims(index, 1), 1)[:, 0]
-            picked = -as_floats(View(chosen, self.x.dtype)).astype(np.float64)
-            factor = np.ones(self.index.shape) if weights is None else weights[index]
-            picked = np.where(keep, picked if weights is None else picked * factor, 0.0)
-        if losses is not None:
-            losses.data[...] = to_memory(picked, losses.dtype).reshape(losses.data.shape)
-        if grad is not None:
-            grad.data[...] = 0
-            if self.classes:
-                slope = np.where(keep, -factor * scale if upstream is None else -factor * upstream, 0.0)
-                target = grad.data if grad.data.ndim > 1 else grad.data[None]
-                np.put_along_axis(target, np.expand_dims(index, 1), np.expand_dims(to_memory(slope, grad.dtype), 1), 1)
-        raw = np.zeros(len(SUMS))
-        raw[SUMS.index("loss")] = math.fsum(picked.reshape(-1)) if np.isfinite(picked).all() else picked.sum()
-        raw[SUMS.index("weight")], raw[SUMS.index("count")] = total, count
-        return Sums(raw, samples=math.prod(self._losses_shape), rows=self._rows())
+        variant = NLLVariant(
+            self.x.dtype,
+            weights is not None,
+            upstream is not None,
+            losses.dtype if losses else None,
+            grad.dtype if grad else None,
+        )
+        arrays = [
+            self.logits,
+            None,
+            self.with_samples(grad.data if grad else None),
+            None,
+            self.index,
+            self.with_samples(upstream),
+            self.with_samples(losses.data if losses else None),
+        ]
+        return self._sums(cpu.run_nll(variant, arrays, weights, self.ignore_index, [scale]))
 
 
 def _blocks(array: np.ndarray) -> Any:

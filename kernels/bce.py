@@ -1,16 +1,17 @@
 """-(y log x + (1 - y) log(1 - x)), each logarithm at least -100."""
 
-from .pointwise import Pointwise
+from .pointwise import Pointwise, wide
 from .values import Value
 from .vecmath import bce_logs, where
 
 
 def value(x: Value, y: Value) -> Value:
-    log_x, log_1mx = bce_logs(x)
-    return -(y * log_x + (1 - y) * log_1mx)
+    log_x, log_1mx = (wide(logarithm) for logarithm in bce_logs(x))
+    return -(wide(y) * log_x + (1 - wide(y)) * log_1mx)
 
 
 def grad(x: Value, y: Value) -> Value:
+    x, y = wide(x), wide(y)
     slope = (1 - x) * x
     return (x - y) / where(slope < 1e-12, 1e-12, slope)  # torch's guard: finite at x = 0 and x = 1
 

@@ -4,13 +4,13 @@ Written on |x|, where every term is positive: |x| c + softplus(-|x|) with c = y 
 so the relative error stays within a few ulp down to the smallest loss, and at infinity c = 0 gives the limit.
 """
 
-from .pointwise import Pointwise
+from .pointwise import Pointwise, wide
 from .values import Value
 from .vecmath import exp, log1p_exp_neg, where
 
 
 def value(x: Value, y: Value) -> Value:
-    return _times(abs(x), where(x < 0, y, 1 - y)) + log1p_exp_neg(abs(x))
+    return _linear(x, wide(y), 1 - wide(y)) + wide(log1p_exp_neg(abs(x)))
 
 
 def grad(x: Value, y: Value) -> Value:
@@ -23,8 +23,8 @@ def grad_target(x: Value, y: Value) -> Value:
 
 
 def weighted_value(x: Value, y: Value, pos_weight: Value) -> Value:
-    linear = _times(abs(x), where(x < 0, pos_weight * y, 1 - y))
-    return linear + _times(((1 - y) + pos_weight * y), log1p_exp_neg(abs(x)))
+    positive, negative = wide(pos_weight) * wide(y), 1 - wide(y)
+    return _linear(x, positive, negative) + (negative + positive) * wide(log1p_exp_neg(abs(x)))
 
 
 def weighted_grad(x: Value, y: Value, pos_weight: Value) -> Value:
@@ -36,9 +36,10 @@ def weighted_grad_target(x: Value, y: Value, pos_weight: Value) -> Value:
     return (pos_weight - 1) * (log1p_exp_neg(abs(x)) + where(x < 0, -x, 0.0 * x)) - x
 
 
-def _times(size: Value, factor: Value) -> Value:
-    """size * factor, 0 where the factor is: the limit for infinite size."""
-    return where(factor == 0, 0.0, size * factor)
+def _linear(x: Value, positive: Value, negative: Value) -> Value:
+    """|x| times the weight of the side that x is wrong on; 0 where that is 0: the limit for infinite x."""
+    factor = where(x < 0, positive, negative)
+    return where(factor == 0, 0.0, wide(abs(x)) * factor)
 
 
 def _tails(x: Value) -> tuple[Value, Value]:

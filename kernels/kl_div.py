@@ -21,7 +21,8 @@ def grad_target(x: Value, y: Value) -> Value:
 
 
 def log_value(x: Value, y: Value) -> Value:
-    return exp(y) * (y - x)
+    probability = exp(y)
+    return where(probability == 0, 0.0, probability * (y - x))
 
 
 def log_grad(x: Value, y: Value) -> Value:
@@ -29,7 +30,8 @@ def log_grad(x: Value, y: Value) -> Value:
 
 
 def log_grad_target(x: Value, y: Value) -> Value:
-    return exp(y) * (y - x + 1)
+    probability = exp(y)
+    return where(probability == 0, 0.0, probability * (y - x + 1))
 
 
 KL_DIV = Pointwise("kl_div", value, grad, grad_target, wide=True)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import storage
+from .exact import add_lanes, two_sum
 from .values import F64, I1, I64, LANES, Value, full, loop, when
 from .vecmath import where
 
 Formula = Callable[..., Any]
-
-BLOCK = 1024  # elements summed plainly in 32 float64 lanes (32 additions each) before the sum is carried exactly
-UNROLL = 2
 
 # float64 slots that a call of a kernel adds to; every back end and every reduction is made of them
 SUMS = ("loss", "loss_low", "weight", "weight_low", "z", "z_low", "count", "invalid")
@@ -22,6 +20,11 @@ SUMS = ("loss", "loss_low", "weight", "weight_low", "z", "z_low", "count", "inva
 def sign(d: Value) -> Value:
     """1, -1, or d itself at 0 and NaN."""
     return where(d > 0, 1.0, where(d < 0, -1.0, d))
+
+
+def wide(x: Value) -> Value:
+    """x as float64: products and sums of a float32 logarithm with exact factors then add no error of their own."""
+    return x.to(F64) if isinstance(x, Value) else x  # type: ignore[redundant-expr]  # formulas run on arrays too
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ class PointwiseVariant:
         b = n.b
         compute = storage.COMPUTE[self.compute]
         slots = [(arrays + 8 * k).load(I64) for k in range(len(self.sources + self.sinks))]
-        numbers = [(parameters + 8 * k).load(F64).to(compute) for k in range(1 + len(self.loss.parameters))]
-        scale, parameters_ = numbers[0], numbers[1:]
+        scale, *numbers = ((parameters + 8 * k).load(F64) for k in range(1 + len(self.loss.parameters)))
         extra = len(self.inputs)
 
         def elements(i: Value, lanes: int) -> tuple[Value, Value | None, Value | None]:
@@ -85,10 +87,10 @@ class PointwiseVariant:
                 return storage.load(slots[k] + i * storage.itemsize(name), name, type_, lanes)
 
             x, y, *operands = (read(k, name) for k, name in enumerate(self.inputs))
-            arguments = (x, y, *operands, *parameters_)
+            arguments = (x, y, *operands, *(number.to(compute) for number in numbers))
             loss = self.loss.value(*arguments)
             weight = read(extra, self.weight) if self.weight else None
-            upstream = read(len(self.sources) - 1, "float64") if self.upstream else None
+            upstream = read(len(self.sources) - 1, "float64", F64) if self.upstream else None
             if weight is not None:
                 loss = loss.to(F64) * weight.to(F64)
             written = []
@@ -96,8 +98,9 @@ class PointwiseVariant:
                 written.append(loss)
             for wanted, formula in ((self.grad, self.loss.grad), (self.grad_target, self.loss.grad_target)):
                 if wanted and formula:
-                    g = formula(*arguments) * scale
-                    g = g * weight if weight is not None else g
+                    g = formula(*arguments)
+                    g = g * scale.to(g.elem)
+                    g = g * weight.to(g.elem) if weight is not None else g
                     written.append(g.to(F64) * upstream if upstream is not None else g)
             for k, (name, value) in enumerate(zip(self.sinks, written, strict=True)):
                 at = slots[len(self.sources) + k] + i * storage.itemsize(name)
@@ -106,47 +109,19 @@ class PointwiseVariant:
             invalid = ~self.loss.valid(x, y) if self.loss.valid else None
             return loss.to(F64), weight.to(F64) if weight is not None else None, invalid
 
-        def add(i: Value, lanes: int, state: tuple[Value, ...]) -> list[Value]:
+        def add(i: Value, lanes: int, state: Sequence[Value]) -> list[Value]:
             loss, weight, invalid = elements(i, lanes)
-            total, weights, bad = state
-            return [
-                total + loss,
-                weights if weight is None else weights + weight,
-                bad if invalid is None else bad | invalid.any(),
-            ]
-
-        def block(start: Value, *state: Value) -> list[Value]:
-            stop = start + BLOCK
-            stop = (stop < n).select(stop, n)
-            zero = full(b, F64, LANES)
-            bad = state[-1]
-
-            def unrolled(i: Value, *lanes: Value) -> list[Value]:
-                out = [add(i + LANES * u, LANES, (*lanes[2 * u : 2 * u + 2], lanes[-1])) for u in range(UNROLL)]
-                flag = out[0][2]
-                for one in out[1:]:
-                    flag = flag | one[2]
-                return [value for one in out for value in one[:2]] + [flag]
-
-            i, lanes = loop(start, stop, LANES * UNROLL, [zero, zero] * UNROLL + [bad], unrolled)
-            total = sum(lanes[2:-1:2], lanes[0])
-            weights = sum(lanes[3:-1:2], lanes[1])
-            i, lanes = loop(i, stop, LANES, [total, weights, lanes[-1]], lambda i, *s: add(i, LANES, s))
-            scalars = [lanes[0].sum(), lanes[1].sum(), lanes[2]]
-            _, scalars = loop(i, stop, 1, scalars, lambda i, *s: add(i, 1, s))
-            return [*two_sum(*state[:2], scalars[0]), *two_sum(*state[2:4], scalars[1]), scalars[2]]
+            weights = state[2:4] if weight is None else two_sum(state[2:4], weight)
+            return [*two_sum(state[:2], loss), *weights, state[4] if invalid is None else state[4] | invalid]
 
         slots_of_sums = [sums + 8 * k for k in range(4)]
-        start = [slot.load(F64) for slot in slots_of_sums] + [Value(b, I1(0))]
-        # the last block may be short: the loop counts up to the next multiple of BLOCK
-        _, state = loop(Value(b, I64(0)), n + (BLOCK - 1), BLOCK, start, block)
+        zero = full(b, F64, LANES)
+        i, lanes = loop(
+            Value(b, I64(0)), n, LANES, [zero] * 4 + [full(b, I1, LANES)], lambda i, *s: add(i, LANES, s)
+        )
+        old = [slot.load(F64) for slot in slots_of_sums]
+        state = [*add_lanes(old[:2], lanes[:2]), *add_lanes(old[2:], lanes[2:4]), lanes[4].any()]
+        _, state = loop(i, n, 1, state, lambda i, *s: add(i, 1, s))
         for slot, value in zip(slots_of_sums, state[:4], strict=True):
             slot.store(value)
         when(state[4], lambda: (sums + 8 * SUMS.index("invalid")).store(full(b, F64, 1, 1.0)))
-
-
-def two_sum(high: Value, low: Value, term: Value) -> tuple[Value, Value]:
-    """(high, low) + term with the rounding error of high kept in low (Knuth's TwoSum: any order of magnitudes)."""
-    total = high + term
-    back = total - high
-    return total, low + ((high - (total - back)) + (term - back))

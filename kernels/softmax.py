@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import storage
-from .pointwise import SUMS, two_sum
-from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, iota, loop, when
+from .exact import add_lanes, two_sum
+from .pointwise import SUMS
+from .values import F64, I32, I64, LANES, SIZE, Value, full, iota, loop, when
 from .vecmath import ShiftedExp, exp, log, tanh
 
 # What a call passes, all 64 bits wide. In the layout `rows` the first four are tables of row addresses, in `tile`
@@ -32,11 +33,19 @@ MAX_SUM = 2.0**60
 
 
 class Sums(NamedTuple):
-    """Over a sample's classes: exponentials, probability mass, mass times logit."""
+    """Over a sample's classes: exponentials, probability mass, mass times (logit - origin)."""
 
     exponentials: Value
     mass: Value
     dot: Value
+
+
+class Reference(NamedTuple):
+    """What was subtracted from a sample's logits, float64: high + low in exponentials, origin in `Sums.dot`."""
+
+    high: Value
+    low: Value
+    origin: Value
 
 
 class Loss(NamedTuple):
@@ -95,12 +104,10 @@ class _Kernel:
         else:
             lanes = [full(self.b, F64, LANES)] * len(slots)
             i, lanes = loop(start, self.n, LANES, lanes, lambda i, *s: self.tile(i, LANES, s))
-            state = [*_fold(*lanes[0:2]), *_fold(*lanes[2:4]), *_fold(*lanes[4:6]), lanes[6].sum(), lanes[7].max()]
             old = [slot.load(F64) for slot in slots]
-            for pair in (0, 2, 4):
-                state[pair], low = two_sum(old[pair], old[pair + 1], state[pair])
-                state[pair + 1] = low + state[pair + 1]
-            state[6], state[7] = old[6] + state[6], old[7] + state[7]
+            pairs = [add_lanes(old[k : k + 2], lanes[k : k + 2]) for k in (0, 2, 4)]
+            state = [value for pair in pairs for value in pair]
+            state += [old[6] + lanes[6].sum(), old[7] + lanes[7].sum()]
             _, state = loop(i, self.n, 1, state, lambda i, *s: self.tile(i, 1, s))
         for slot, value in zip(slots, state, strict=True):
             slot.store(value)
@@ -128,30 +135,36 @@ class _Kernel:
             q = q * self.p["keep"] + self.p["share"]
         return q if weight is None else q * weight.to(F64)
 
-    def accumulate(self, sums: Sums, z: Value, probability: Value | None, weight: Value | None) -> Sums:
+    def accumulate(
+        self, sums: Sums, z: Value, origin: Value, probability: Value | None, weight: Value | None
+    ) -> Sums:
         """Add a class's part to mass and dot, where the loss needs them."""
         if probability is not None:
             mass = self.mass_of(probability, weight)
             # a class without mass costs nothing, even where its logit is -inf
-            dot = (mass == 0.0).select(0.0, mass * z.to(F64))
+            dot = (mass == 0.0).select(0.0, mass * (z.to(F64) - origin))
             return sums._replace(mass=sums.mass + mass, dot=sums.dot + dot)
         if self.v.smoothing:
-            wide = z.to(F64)
-            return sums._replace(dot=sums.dot + (wide if weight is None else wide * weight.to(F64)))
+            part = z.to(F64) - origin
+            return sums._replace(dot=sums.dot + (part if weight is None else part * weight.to(F64)))
         return sums
 
-    def finish(self, high: Value, low: Value, sums: Sums, z: Value | None, weight: Value | None, upstream: Value | None) -> Loss:
-        """A sample's loss; its log-sum-exp is high + (low + log(sums.exponentials)), z the target's logit."""
-        log_sum = log(sums.exponentials)
-        lse = high + (low + log_sum)
+    def finish(
+        self, reference: Reference, sums: Sums, z: Value | None, weight: Value | None, upstream: Value | None
+    ) -> Loss:
+        """A sample's loss; z is the target's logit. Large logits cancel before they meet what is small."""
+        high = reference.high
+        rest = reference.low + log(sums.exponentials)
+        lse = high + rest
+        above = (high - reference.origin) + rest
         if z is None:
             mass = sums.mass
-            loss = mass * lse - sums.dot
+            loss = mass * above - sums.dot
         else:
             mass = self.p["keep"] if weight is None else self.p["keep"] * weight
-            loss = mass * ((high - z) + (low + log_sum))  # where the target is the largest logit nothing cancels
+            loss = mass * ((high - z) + rest)
             if self.v.smoothing:
-                loss = loss + self.p["share"] * (self.p["weight_sum"] * lse - sums.dot)
+                loss = loss + self.p["share"] * (self.p["weight_sum"] * above - sums.dot)
                 mass = mass + self.p["share"] * self.p["weight_sum"]
         scale = self.p["scale"] if upstream is None else upstream * self.p["scale"]
         pull = mass * scale
@@ -201,7 +214,7 @@ class _Kernel:
 
             loss, z, weight, count = when(inside & ~ignored, lambda: self.live_row(i, x, t), dead)
             invalid = (inside | ignored).select(zero, full(self.b, F64, 1, 1.0))
-        sums = [*two_sum(*state[0:2], loss), *two_sum(*state[2:4], weight), *two_sum(*state[4:6], z)]
+        sums = [*two_sum(state[0:2], loss), *two_sum(state[2:4], weight), *two_sum(state[4:6], z)]
         return [*sums, state[6] + count, state[7] + invalid]
 
     def live_row(self, i: Value, x: Value, t: Value | None) -> list[Value]:
@@ -212,10 +225,10 @@ class _Kernel:
             reference = (other > reference).select(other, reference)
         count = ShiftedExp.count_for(reference.max())
         shifted = ShiftedExp(count)
-        sums = self.sweep(i, x, shifted, True)
+        sums = self.sweep(i, x, shifted, shifted.hi)
 
         def fast() -> list[Value]:
-            return self.finish_row(i, x, t, shifted.hi, shifted.lo, sums, shifted)
+            return self.finish_row(i, x, t, Reference(shifted.hi, shifted.lo, shifted.hi), sums, shifted)
 
         def exact() -> list[Value]:
             """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""
@@ -224,14 +237,16 @@ class _Kernel:
             def difference(z: Value) -> Value:
                 return exp(z - highest)
 
-            again = sums._replace(exponentials=self.sweep(i, x, difference, False).exponentials)
-            return self.finish_row(i, x, t, highest.to(F64), full(self.b, F64, 1), again, difference)
+            again = sums._replace(exponentials=self.sweep(i, x, difference, None).exponentials)
+            reference = Reference(highest.to(F64), full(self.b, F64, 1), shifted.hi)
+            return self.finish_row(i, x, t, reference, again, difference)
 
         return when(sums.exponentials < MAX_SUM, fast, exact)
 
     def finish_row(
-        self, i: Value, x: Value, t: Value | None, high: Value, low: Value, sums: Sums, exponential: Callable[[Value], Value]
+        self, i: Value, x: Value, t: Value | None, reference: Reference, sums: Sums, exponential: Callable[[Value], Value]
     ) -> list[Value]:
+        """Loss, z-loss, weight and count, with losses and gradients written."""
         one = full(self.b, F64, 1, 1.0)
         upstream = (self.a["upstream"] + 8 * i).load(F64) if self.v.upstream else None
         z = weight = bent = narrow = None
@@ -240,7 +255,7 @@ class _Kernel:
             weight = self.load_weight(t, 1)
             z = narrow.to(F64)
         wide_weight = None if weight is None else weight.to(F64)
-        result = self.finish(high, low, sums, z, wide_weight, upstream)
+        result = self.finish(reference, sums, z, wide_weight, upstream)
         self.write_loss(i, result.loss + result.z)
         scale = self.p["scale"] if upstream is None else self.p["scale"] * upstream
         if self.v.grad:
@@ -278,8 +293,8 @@ class _Kernel:
         row = (self.a["probabilities"] + 8 * i).load(I64)
         return storage.load(row + c * storage.itemsize(self.v.probabilities), self.v.probabilities, self.type, lanes)
 
-    def sweep(self, i: Value, x: Value, exponential: Callable[[Value], Value], everything: bool) -> Sums:
-        """One pass over a row's classes; mass and dot only if `everything`."""
+    def sweep(self, i: Value, x: Value, exponential: Callable[[Value], Value], origin: Value | None) -> Sums:
+        """One pass over a row's classes; mass and dot only where an origin is given."""
         size = storage.itemsize(self.v.logits)
         zero, wide = full(self.b, self.type, LANES), full(self.b, F64, LANES)
 
@@ -289,10 +304,9 @@ class _Kernel:
             z = self.load_logits(x + c * size, LANES)[0]
             e = exponential(z)
             parts[k] = parts[k] + (e if live is None else live.select(e, 0.0))
-            if everything:
-                new = self.accumulate(
-                    Sums(e, mass, dot), z, self.load_probability(i, c, LANES), self.load_weight(c, LANES)
-                )
+            if origin is not None:
+                probability, weight = self.load_probability(i, c, LANES), self.load_weight(c, LANES)
+                new = self.accumulate(Sums(e, mass, dot), z, origin, probability, weight)
                 if live is not None:
                     new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
                 mass, dot = new.mass, new.dot
@@ -377,13 +391,14 @@ class _Kernel:
 
         lowest = full(self.b, self.type, lanes, float("-inf"))
         _, (highest,) = loop(begin, self.classes, 1, [lowest], larger)
+        origin = highest.to(F64)
 
         def add(c: Value, many: int, sums: Sums) -> Sums:
             parts = []
             for k in range(many):
                 z = logits(c + k)[0]
                 parts.append(exp(z - highest))
-                sums = self.accumulate(sums, z, probability(c + k), self.load_weight(c + k, 1))
+                sums = self.accumulate(sums, z, origin, probability(c + k), self.load_weight(c + k, 1))
             while len(parts) > 1:
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return sums._replace(exponentials=sums.exponentials + parts[0].to(F64))
@@ -412,7 +427,7 @@ class _Kernel:
                 if weight is not None and own_weight is not None:
                     weight = weight.with_lane(k, own_weight.to(F64))
             z = z.to(F64)
-        result = self.finish(highest.to(F64), zero, sums, z, weight, upstream)
+        result = self.finish(Reference(origin, zero, origin), sums, z, weight, upstream)
 
         def counted(value: Value) -> Value:
             return value if live is None else live.select(value, zero)
@@ -446,14 +461,6 @@ class _Kernel:
             loop(begin, self.classes, 1, [], write_target)
         count = counted(one)
         weights = count if weight is None else counted(weight)
-        out = [*two_sum(*state[0:2], counted(result.loss)), *two_sum(*state[2:4], weights)]
-        return [*out, *two_sum(*state[4:6], counted(result.z)), state[6] + count, state[7] + invalid]
+        out = [*two_sum(state[0:2], counted(result.loss)), *two_sum(state[2:4], weights)]
+        return [*out, *two_sum(state[4:6], counted(result.z)), state[6] + count, state[7] + invalid]
 
-
-def _fold(high: Value, low: Value) -> tuple[Value, Value]:
-    """Lanes of exact sums added into one."""
-    while high.lanes > 1:
-        (a, b), (c, d) = high.halves(), low.halves()
-        high, low = two_sum(a, c, b)
-        low = low + d
-    return high, low

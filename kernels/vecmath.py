@@ -1,7 +1,8 @@
 """exp, log and their kin on emitted float32 or float64 values of any width, and on NumPy arrays.
 
-No libm, no fast-math, no branch: NaN, infinities, signed zeros and subnormal numbers come out right from the same
-straight line of vector instructions. docs/accuracy.md has the errors, and how the coefficients were fitted.
+No libm, no fast-math, no branch: NaN, infinities, signed zeros and subnormal numbers come out right from the
+same straight line of vector instructions. docs/accuracy.md has the errors, and how coefficients were fitted:
+the number after each list is the relative error of its fit.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Format:
     ln2_short: float  # ln 2 with so few bits that exponent * ln2_short is exact
     ln2_short_low: float
     middle: int  # the bits of 0.75
-    max_count: float  # of ShiftedExp
+    max_count: float  # of ShiftedExp: small enough that its floor is right to a thousandth
     exp: Sequence[float]  # exp(r), |r| <= ln(2) / 2
-    exp_short: Sequence[float]  # the same for sums
-    tanh: Sequence[float]  # (tanh(a) / a - 1) / a**2 in powers of a**2, a <= 0.55
+    exp_short: Sequence[float]  # the same where 2e-7 will do
+    tanh: Sequence[float]  # (tanh(a) - a) / a**3 in powers of a**2, a <= 0.55
 
     @property
     def magic(self) -> float:
@@ -43,8 +44,8 @@ class Format:
         return 1.5 * 2.0**self.mantissa
 
     @property
-    def raise_(self) -> int:
-        """2**raise_ times any subnormal number is normal."""
+    def precision(self) -> int:
+        """Significant bits: 2**precision times any subnormal number is normal."""
         return self.mantissa + 1
 
 
@@ -55,7 +56,7 @@ EXP64 = [1.0, 1.0, 0.5000000000000001, 0.16666666666666669, 0.04166666666662413,
 FORMATS = {
     F32: Format(
         I32, 23, 127, -104.0, 89.0, 0.693147182464599609375, -1.904654323148236e-09,
-        0.693359375, -2.1219444005469057e-04, 0x3F400000, 4e6,
+        0.693359375, -2.1219444005469057e-04, 0x3F400000, 2.0**15,
         exp=[1.0, 1.0, 0.4999999403953552, 0.1666652113199234, 0.041668254882097244, 0.008368662558495998,
              0.0013821469619870186],  # 3.1e-9
         exp_short=[1.0, 0.9999997019767761, 0.4999915063381195, 0.16667647659778595, 0.041897840797901154,
@@ -86,10 +87,13 @@ ATANH = [0.6666666666667271, 0.399999999961603, 0.2857142939550783, 0.2222213846
          0.15250123443875171, 0.15368852495413302]  # fmt: skip
 
 
-def on_arrays(formula: Callable[[Any, Any], Any]) -> Callable[[Callable[[Value], Any]], Callable[[Operand], Any]]:
+Emitter = Callable[[Value], Any]
+
+
+def on_arrays(formula: Callable[[Any, Any], Any]) -> Callable[[Emitter], Callable[[Operand], Any]]:
     """The decorated function emits; what is no emitted value goes to `formula(numpy, x)`."""
 
-    def decorate(emit: Callable[[Value], Any]) -> Callable[[Operand], Any]:
+    def decorate(emit: Emitter) -> Callable[[Operand], Any]:
         @wraps(emit)
         def function(x: Operand) -> Any:
             if isinstance(x, Value):
@@ -141,7 +145,7 @@ def _with_sign_of(x: Value, y: Value) -> Value:
 
 
 def _reduce(x: Value, bias: int) -> tuple[Value, Value, Value]:
-    """r + low = x - n * ln 2 for the integer n nearest to x / ln 2, and an integer whose low bits are n + bias's."""
+    """r, low, bits: r + low = x - n * ln 2 for n = rint(x / ln 2); the bits end in those of n + bias."""
     k = FORMATS[x.elem]
     t = x.fma(LOG2E, k.magic + bias)  # no conversion: that of NaN is undefined, and AVX2 has none to 64 bits
     n = t - (k.magic + bias)
@@ -155,7 +159,7 @@ def exp(x: Value) -> Value:
     """e**x."""
     k = FORMATS[x.elem]
     r, _, n = _reduce(x.at_least(k.floor).at_most(k.ceiling), 2 * k.bias)
-    half = _shift_right(n, 1)  # two factors, since 2**n alone may be subnormal or infinite where the result is not
+    half = _shift_right(n, 1)  # two factors: 2**n may be subnormal or infinite where the result is not
     return horner(r, k.exp) * _power_of_2(half) * _power_of_2(n - half)
 
 
@@ -198,8 +202,8 @@ def log(x: Value) -> Value:
     """The natural logarithm: -inf of 0, NaN below."""
     k = FORMATS[x.elem]
     subnormal = x < 2.0 ** (1 - k.bias)
-    e, m = _split(subnormal.select(x * 2.0**k.raise_, x))
-    y = _log_sum(e - subnormal.select(x.lift(k.raise_), 0.0), m - 1.0)
+    e, m = _split(subnormal.select(x * 2.0**k.precision, x))
+    y = _log_sum(e - subnormal.select(x.lift(k.precision), 0.0), m - 1.0)
     y = (x <= 0.0).select((x == 0.0).select(x.lift(float("-inf")), float("nan")), y)
     return (x < float("inf")).select(y, x)
 
@@ -213,7 +217,7 @@ def log1p(x: Value) -> Value:
     lost = x - (y - 1.0)  # exact up to 2**mantissa, of no weight above
     inverse = ((k.bias << k.mantissa) - (y.bits(k.integer) - m.bits(k.integer))).bits(x.elem)  # 2**-e
     f = m - 1.0
-    f = (y < 2.0**k.raise_).select(lost.fma(inverse, f), f)
+    f = (y < 2.0**k.precision).select(lost.fma(inverse, f), f)
     r = _log_sum(e, (e == 0.0).select(x, f))
     r = (x <= -1.0).select((x == -1.0).select(x.lift(float("-inf")), float("nan")), r)
     return (x < float("inf")).select(_with_sign_of(x, r), x)
@@ -222,10 +226,10 @@ def log1p(x: Value) -> Value:
 def _exp_neg(a: Value) -> tuple[Value, Value, Value]:
     """p, low, scale: exp(-a) = (p + low) * scale for a >= 0, low being what the rounding of p took away."""
     k = FORMATS[a.elem]
-    r, _, n = _reduce((-a).at_least(k.floor), k.bias + k.raise_)
+    r, _, n = _reduce((-a).at_least(k.floor), k.bias + k.precision)
     q = horner(r, k.exp[1:])
     p = q.fma(r, 1.0)
-    return p, q.fma(r, 1.0 - p), _power_of_2(n) * 2.0**-k.raise_
+    return p, q.fma(r, 1.0 - p), _power_of_2(n) * 2.0**-k.precision
 
 
 @on_arrays(lambda np, a: np.log1p(np.exp(-a)))
@@ -285,34 +289,37 @@ def bce_logs(p: Value) -> tuple[Value, Value]:
     k = FORMATS[p.elem]
     swap = p > 0.5
     s = swap.select(1.0 - p, p)  # the smaller of p and 1 - p, exact
-    y = s * 2.0**k.raise_
+    y = s * 2.0**k.precision
     if p.elem == F32:
         # s = 2**e * (1 + f), -1/2 < f <= 0: one polynomial for both
         i = y.bits(I32) - 0x3F000001
         f = ((i & 0x7FFFFF) + 0x3F000001).bits(F32) - 1.0
-        e = ((i >> k.mantissa) - k.raise_).to(F32)
+        e = ((i >> k.mantissa) - k.precision).to(F32)
         below = e.fma(k.ln2, (f * f).fma(horner(f, LOG_LOWER), f))
         above = (s * s).fma(horner(-s, LOG_LOWER), -s)
     else:
         e, m = _split(y)
-        below = _log_sum(e - k.raise_, m - 1.0)
+        below = _log_sum(e - k.precision, m - 1.0)
         halved = s > 0.29
-        above = _log_sum(halved.select(s.lift(-1.0), 0.0), halved.select(s.fma(-2.0, 1.0), -s))
+        # -0.0 for e = 0: log(1 - 0) is -0.0, as in float32, so that a loss of 0 has no sign
+        above = _log_sum(halved.select(s.lift(-1.0), -0.0), halved.select(s.fma(-2.0, 1.0), -s))
     below = below.at_least(-100.0)
     return swap.select(above, below), swap.select(below, above)
 
 
 class ShiftedExp:
-    """x -> exp(x - count * LN2), where LN2 is ln 2 (for float32 as rounded to float32) and count holds an integer.
+    """x -> exp(x - count * LN2) for an integer count; LN2 is ln 2, for float32 as rounded to float32.
 
-    Never wraps: far above it saturates near 2**127 (float64: 2**1023), and far below, -inf included, near 2**-125.5
-    (2**-1021.5), which is no subnormal number. NaN stays NaN. The relative error does not grow with count.
+    Never wraps: far above it saturates near 2**127 (float64: 2**1023); below 2**-126.5 (2**-1022.5), -inf
+    included, it is exactly 0. NaN stays NaN. The relative error does not grow with count.
     hi + lo is what was subtracted, count * LN2, in float64.
     """
 
-    def __init__(self, count: Value) -> None:
+    def __init__(self, count: Value, short: bool = False) -> None:
+        """short: one instruction less in float32, and a relative error of 2.1e-7 instead of 1.2e-7."""
         k = self.format = FORMATS[count.elem]
-        self.floor, self.ceiling = ((count + n) * k.ln2 for n in (1.5 - k.bias, k.bias))
+        self.coefficients = k.exp_short if short else k.exp
+        self.floor, self.ceiling = ((count + n) * k.ln2 for n in (-k.bias, k.bias))
         self.magic = k.magic + k.bias - count
         wide = count.to(F64)
         self.hi = wide * k.ln2
@@ -321,7 +328,7 @@ class ShiftedExp:
 
     @staticmethod
     def count_for(maximum: Value) -> Value:
-        """The count for which exp(maximum) becomes about 1; some legal count for NaN and for what is too large."""
+        """The count that makes exp(maximum) about 1; some legal count for NaN and for what is too large."""
         k = FORMATS[maximum.elem]
         bound = k.max_count * k.ln2
         m = (maximum > -bound).select(maximum, -bound).at_most(bound)
@@ -336,7 +343,7 @@ class ShiftedExp:
         r = n.fma(-k.ln2, x)
         if x.elem == F64:
             r = n.fma(-k.ln2_low, r)
-        return horner(r, k.exp_short), _power_of_2(t.bits(k.integer))
+        return horner(r, self.coefficients), _power_of_2(t.bits(k.integer))
 
     def __call__(self, x: Value) -> Value:
         p, scale = self.factors(x)

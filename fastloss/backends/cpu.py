@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import runtime
 from ..kernels import compiler
+from ..kernels.nll import NLLVariant
 from ..kernels.pointwise import SUMS, PointwiseVariant
 from ..kernels.softmax import ARRAYS, MIN_ROW, SoftmaxVariant
 from ..kernels.values import LANES
@@ -97,16 +98,62 @@ def run_softmax(
         table[cpu.INDEX, cpu.CLASS_STEP] = index.dtype.kind == "u"
     per_chunk = max(1, CHUNK_LOGITS // classes) if rows else max(LANES, CHUNK_LOGITS // classes // LANES * LANES)
     per_chunk = min(per_chunk, MAX_SAMPLES)
-    chunks = -(-samples.total // per_chunk)
     stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[cpu.GRAD, cpu.DIRECT])
     variant = replace(variant, layout="rows" if rows else "tile", stream=stream)
-    fixed = np.zeros(len(ARRAYS), np.int64)
-    fixed[[cpu.A_WEIGHT, cpu.A_CLASSES, cpu.A_IGNORE]] = 0 if weight is None else address(weight), classes, ignore_index
+    fixed = _fixed(classes, weight, ignore_index)
+    drivers = (cpu.rows_serial, cpu.rows_parallel) if rows else (cpu.tile_serial, cpu.tile_parallel)
+    return _run_samples(drivers, variant, samples, table, per_chunk, fixed, parameters)
+
+
+def run_nll(
+    variant: NLLVariant,
+    arrays: Sequence[np.ndarray | None],
+    weight: np.ndarray | None,
+    ignore_index: int,
+    parameters: Sequence[float],
+) -> np.ndarray:
+    """The same for negative log-likelihood, which touches one logit a sample and never stages the others."""
+    from ..kernels import cpu
+
+    logits, index = arrays[cpu.LOGITS], arrays[cpu.INDEX]
+    if logits is None or index is None or index.size == 0:
+        return np.zeros(len(SUMS))
+    arrays = [array if k >= cpu.INDEX or array is None else _aligned(array) for k, array in enumerate(arrays)]
+    samples = Samples(arrays, n_classy=4)
+    table = samples.records(rows=True)
+    table[: cpu.INDEX, cpu.DIRECT] = 1
+    table[cpu.INDEX, cpu.CLASS_STEP] = index.dtype.kind == "u"
+    fixed = _fixed(logits.shape[1], weight, ignore_index)
+    fixed[cpu.A_STEP : cpu.A_STEP + 4] = table[:4, cpu.CLASS_STEP]
+    return _run_samples((cpu.rows_serial, cpu.rows_parallel), variant, samples, table, MAX_SAMPLES, fixed, parameters)
+
+
+def _fixed(classes: int, weight: np.ndarray | None, ignore_index: int) -> np.ndarray:
+    """The slots of `softmax.ARRAYS` that are the same for every chunk."""
+    fixed = dict.fromkeys(ARRAYS, 0)
+    fixed |= {"classes": classes, "ignore_index": ignore_index, "weight": 0 if weight is None else address(weight)}
+    return np.array(list(fixed.values()), np.int64)
+
+
+def _run_samples(
+    drivers: tuple[Callable[..., None], Callable[..., None]],
+    variant: SoftmaxVariant | NLLVariant,
+    samples: Samples,
+    table: np.ndarray,
+    per_chunk: int,
+    fixed: np.ndarray,
+    parameters: Sequence[float],
+) -> np.ndarray:
+    from ..kernels import cpu
+
+    chunks = -(-samples.total // per_chunk)
     sums = np.zeros((chunks, len(SUMS)))
-    nbytes = sum(array.nbytes for array in arrays if array is not None)
-    launch(
-        cpu.rows_serial if rows else cpu.tile_serial, cpu.rows_parallel if rows else cpu.tile_parallel, nbytes, chunks,
-        compiled(variant), samples.total, per_chunk, np.array(samples.shape, np.int64), table, fixed,
-        np.array(parameters, np.float64), sums,
-    )  # fmt: skip
+    nbytes = sum(array.nbytes for array in samples.arrays if array is not None)
+    shape, numbers = np.array(samples.shape, np.int64), np.array(parameters, np.float64)
+    launch(*drivers, nbytes, chunks, compiled(variant), samples.total, per_chunk, shape, table, fixed, numbers, sums)
     return cpu.add_up(sums)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a native copy where it is byte-swapped or misaligned."""
+    return array if array.dtype.isnative and array.flags.aligned else array.astype(array.dtype.newbyteorder("="))
