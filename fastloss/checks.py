@@ -115,8 +115,8 @@ def promote(views: Sequence[View], names: Sequence[str]) -> str:
     floats = floats or {view.dtype for view in views if view.dtype in FLOATS}
     if not floats:
         raise TypeError(
-            f"{names[0]} has dtype {views[0].dtype} and {names[1]} {views[1].dtype}; a loss needs floating-point numbers: "
-            "cast one of them, for example to float32"
+            f"{names[0]} has dtype {views[0].dtype} and {names[1]} {views[1].dtype}; a loss needs floating-point "
+            "numbers: cast one of them, for example to float32"
         )
     if "float64" in floats:
         return "float64"

@@ -24,7 +24,7 @@ _BLOCK = 1 << 20  # elements that NumPy looks at together
 class _ClassCall(Call):
     """What both losses share: classes along axis 1, indices, class weights, ignored samples."""
 
-    like: Any
+    _alternative = ""  # to class indices, for messages
 
     def __init__(
         self, input: Any, target: Any, reduction: str, *, weight: Any, ignore_index: int, dtype: Any, out: Any
@@ -58,10 +58,14 @@ class _ClassCall(Call):
 
     def _check_target(self) -> None:
         if self.t.dtype not in INTEGERS:
-            raise TypeError(f"target has dtype {self.t.dtype}, expected an integer dtype for class indices")
-        checks.same_shape(self.t, "target", self._losses_shape, "input")
+            raise TypeError(
+                f"target has dtype {self.t.dtype} and shape {self.t.shape}, expected class indices of an integer dtype "
+                f"and shape {self._losses_shape}{self._alternative}"
+            )
         if self.t.shape != self._losses_shape:
-            raise ValueError(f"target has shape {self.t.shape}")
+            raise ValueError(
+                f"target has shape {self.t.shape}, expected {self._losses_shape} to match input of shape {self.x.shape}"
+            )
 
     @property
     def result_dtype(self) -> str:
@@ -146,7 +150,7 @@ class SoftmaxCall(_ClassCall):
         self.label_smoothing, self.lse_square_scale, self.softcap = label_smoothing, lse_square_scale, softcap
 
     def _check_target(self) -> None:
-        # equal shapes mean probabilities, also for (C) with one class
+        self._alternative = f", or class probabilities of the shape of input, {self.x.shape}"
         self.by_probability = self.t.shape == self.x.shape and self.t.dtype not in INTEGERS
         if not self.by_probability:
             if self.t.shape == self.x.shape:
@@ -156,7 +160,9 @@ class SoftmaxCall(_ClassCall):
                 )
             super()._check_target()
         elif self.ignore_index >= 0:
-            raise ValueError(f"ignore_index is {self.ignore_index}, but target holds class probabilities: nothing to ignore")
+            raise ValueError(
+                f"ignore_index is {self.ignore_index}, but target holds class probabilities: nothing to ignore"
+            )
         else:
             checks.floating(self.t, "target")
         self.weighted_mean = not self.by_probability

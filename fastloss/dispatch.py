@@ -62,5 +62,6 @@ def _search(array: Any) -> str:
         return "fastloss.arrays.dlpack"
     raise TypeError(
         f"{kind.__module__}.{kind.__qualname__} is not an array that fastloss reads: it takes NumPy arrays, torch CPU "
-        "tensors, lists of numbers, anything with __dlpack__, and types registered under the entry point fastloss.arrays"
+        "tensors, lists of numbers, anything with __dlpack__, and types registered under the entry point "
+        "fastloss.arrays"
     )

@@ -29,7 +29,7 @@ Array = Any
 
 
 class Loss(Generic[P]):
-    """A public loss function. Calling it evaluates; `call` gives the same call unevaluated, for gradients and meters."""
+    """A public loss function. Calling it evaluates; `call` gives the call unevaluated, for gradients and meters."""
 
     def __init__(self, call: Callable[P, Call]) -> None:
         self.call = call

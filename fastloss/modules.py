@@ -50,7 +50,12 @@ class L1Loss(_Module):
     function = losses.l1_loss
 
     def __init__(
-        self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", *, dtype: Any = None
+        self,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        dtype: Any = None,
     ) -> None:
         super().__init__(size_average=size_average, reduce=reduce, reduction=reduction, dtype=dtype)
 
@@ -66,7 +71,12 @@ class MSELoss(_Module):
     function = losses.mse_loss
 
     def __init__(
-        self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", *, dtype: Any = None
+        self,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        dtype: Any = None,
     ) -> None:
         super().__init__(size_average=size_average, reduce=reduce, reduction=reduction, dtype=dtype)
 
@@ -223,7 +233,9 @@ class HuberLoss(_Module):
     function = losses.huber_loss
 
     def __init__(self, reduction: str = "mean", delta: float = 1.0, *, dtype: Any = None) -> None:
-        super().__init__(reduction=checks.reduction_of(None, None, reduction, checks.REDUCTIONS), delta=delta, dtype=dtype)
+        super().__init__(
+            reduction=checks.reduction_of(None, None, reduction, checks.REDUCTIONS), delta=delta, dtype=dtype
+        )
 
 
 class KLDivLoss(_Module):

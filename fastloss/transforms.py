@@ -36,7 +36,9 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     """
     call: Callable[..., Call] | None = getattr(fn, "call", None)
     if call is None:
-        raise TypeError(f"{fn!r} is not a loss of fastloss: value_and_grad takes its functions and its classes' instances")
+        raise TypeError(
+            f"{fn!r} is not a loss of fastloss: value_and_grad takes its functions and its classes' instances"
+        )
     several = not isinstance(argnums, int)
     positions = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     parameters = list(inspect.signature(call).parameters)
@@ -54,5 +56,7 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
 
 def _name(parameters: list[str], position: int) -> str:
     if position not in range(-len(parameters), len(parameters)) or parameters[position] not in _NAMES:
-        raise ValueError(f"argnums has {position}, expected positions of {', '.join(p for p in parameters if p in _NAMES)}")
+        raise ValueError(
+            f"argnums has {position}, expected positions of {', '.join(p for p in parameters if p in _NAMES)}"
+        )
     return parameters[position]

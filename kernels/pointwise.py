@@ -116,9 +116,7 @@ class PointwiseVariant:
 
         slots_of_sums = [sums + 8 * k for k in range(4)]
         zero = full(b, F64, LANES)
-        i, lanes = loop(
-            Value(b, I64(0)), n, LANES, [zero] * 4 + [full(b, I1, LANES)], lambda i, *s: add(i, LANES, s)
-        )
+        i, lanes = loop(Value(b, I64(0)), n, LANES, [zero] * 4 + [full(b, I1, LANES)], lambda i, *s: add(i, LANES, s))
         old = [slot.load(F64) for slot in slots_of_sums]
         state = [*add_lanes(old[:2], lanes[:2]), *add_lanes(old[2:], lanes[2:4]), lanes[4].any()]
         _, state = loop(i, n, 1, state, lambda i, *s: add(i, 1, s))

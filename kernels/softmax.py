@@ -20,7 +20,8 @@ from .vecmath import ShiftedExp, exp, log, tanh
 # What a call passes, all 64 bits wide. In the layout `rows` the first four are tables of row addresses, in `tile`
 # addresses of the first class, whose followers lie `*_step` bytes on.
 ARRAYS = (
-    "logits", "probabilities", "grad", "grad_target", "logits_step", "probabilities_step", "grad_step", "grad_target_step",
+    "logits", "probabilities", "grad", "grad_target",
+    "logits_step", "probabilities_step", "grad_step", "grad_target_step",
     "index", "weight", "upstream", "losses", "classes", "ignore_index",
 )  # fmt: skip
 # float64: scale of gradients, of the z-loss's gradient; 1 - e and e / C of label smoothing; sum of class weights
@@ -28,7 +29,7 @@ PARAMETERS = ("scale", "scale_z", "keep", "share", "weight_sum", "lse_square_sca
 
 MIN_ROW = 32  # classes that the layout `rows` needs: its reference comes from the first 32
 FLUSH = 1024  # float32 exponentials added in 64 lanes before they move to float64: 16 additions, 1e-6 at worst
-# Above this sum the reference was a bad choice: coefficients of the gradient would leave float32's range.
+# A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
 MAX_SUM = 2.0**60
 
 
@@ -135,9 +136,7 @@ class _Kernel:
             q = q * self.p["keep"] + self.p["share"]
         return q if weight is None else q * weight.to(F64)
 
-    def accumulate(
-        self, sums: Sums, z: Value, origin: Value, probability: Value | None, weight: Value | None
-    ) -> Sums:
+    def accumulate(self, sums: Sums, z: Value, origin: Value, probability: Value | None, weight: Value | None) -> Sums:
         """Add a class's part to mass and dot, where the loss needs them."""
         if probability is not None:
             mass = self.mass_of(probability, weight)
@@ -219,7 +218,9 @@ class _Kernel:
 
     def live_row(self, i: Value, x: Value, t: Value | None) -> list[Value]:
         """Loss, z-loss, weight and count of a sample that is not ignored."""
-        first = [self.load_logits(x + k * LANES * storage.itemsize(self.v.logits), LANES)[0] for k in range(MIN_ROW // LANES)]
+        first = [
+            self.load_logits(x + k * LANES * storage.itemsize(self.v.logits), LANES)[0] for k in range(MIN_ROW // LANES)
+        ]
         reference = first[0]
         for other in first[1:]:
             reference = (other > reference).select(other, reference)
@@ -241,10 +242,17 @@ class _Kernel:
             reference = Reference(highest.to(F64), full(self.b, F64, 1), shifted.hi)
             return self.finish_row(i, x, t, reference, again, difference)
 
-        return when(sums.exponentials < MAX_SUM, fast, exact)
+        good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM)  # false for NaN
+        return when(good, fast, exact)
 
     def finish_row(
-        self, i: Value, x: Value, t: Value | None, reference: Reference, sums: Sums, exponential: Callable[[Value], Value]
+        self,
+        i: Value,
+        x: Value,
+        t: Value | None,
+        reference: Reference,
+        sums: Sums,
+        exponential: Callable[[Value], Value],
     ) -> list[Value]:
         """Loss, z-loss, weight and count, with losses and gradients written."""
         one = full(self.b, F64, 1, 1.0)
@@ -264,7 +272,11 @@ class _Kernel:
             def gradient(c: Value, lanes: int) -> Value:
                 logits, bent = self.load_logits(x + c * storage.itemsize(self.v.logits), lanes)
                 return self.gradient(
-                    exponential(logits) * share, bent, self.load_probability(i, c, lanes), self.load_weight(c, lanes), scale
+                    exponential(logits) * share,
+                    bent,
+                    self.load_probability(i, c, lanes),
+                    self.load_weight(c, lanes),
+                    scale,
                 )
 
             at_target = None
@@ -463,4 +475,3 @@ class _Kernel:
         weights = count if weight is None else counted(weight)
         out = [*two_sum(state[0:2], counted(result.loss)), *two_sum(state[2:4], weights)]
         return [*out, *two_sum(state[4:6], counted(result.z)), state[6] + count, state[7] + invalid]
-

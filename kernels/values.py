@@ -79,23 +79,25 @@ class Value:
             a, c = c, a
         return self._new(getattr(self.b, ("f" if self.is_float else "") + name)(a.v, c.v))
 
-    def __add__(self, o: Number) -> Value: return self._binary("add", o)  # fmt: skip
-    def __radd__(self, o: Number) -> Value: return self._binary("add", o, True)  # fmt: skip
-    def __sub__(self, o: Number) -> Value: return self._binary("sub", o)  # fmt: skip
-    def __rsub__(self, o: Number) -> Value: return self._binary("sub", o, True)  # fmt: skip
-    def __mul__(self, o: Number) -> Value: return self._binary("mul", o)  # fmt: skip
-    def __rmul__(self, o: Number) -> Value: return self._binary("mul", o, True)  # fmt: skip
-    def __truediv__(self, o: Number) -> Value: return self._binary("div", o)  # fmt: skip
-    def __rtruediv__(self, o: Number) -> Value: return self._binary("div", o, True)  # fmt: skip
-    def __neg__(self) -> Value: return self._new(self.b.fneg(self.v) if self.is_float else self.b.neg(self.v))  # fmt: skip
-    def __abs__(self) -> Value: return self.call("llvm.fabs")  # fmt: skip
-    def __and__(self, o: Number) -> Value: return self._new(self.b.and_(self.v, self.lift(o).v))  # fmt: skip
-    def __or__(self, o: Number) -> Value: return self._new(self.b.or_(self.v, self.lift(o).v))  # fmt: skip
-    def __xor__(self, o: Number) -> Value: return self._new(self.b.xor(self.v, self.lift(o).v))  # fmt: skip
-    def __invert__(self) -> Value: return self._new(self.b.not_(self.v))  # fmt: skip
-    def __lshift__(self, bits: int) -> Value: return self._new(self.b.shl(self.v, self.lift(bits).v))  # fmt: skip
-    def __rshift__(self, bits: int) -> Value: return self._new(self.b.ashr(self.v, self.lift(bits).v))  # fmt: skip
+    # fmt: off
+    def __add__(self, o: Number) -> Value: return self._binary("add", o)
+    def __radd__(self, o: Number) -> Value: return self._binary("add", o, True)
+    def __sub__(self, o: Number) -> Value: return self._binary("sub", o)
+    def __rsub__(self, o: Number) -> Value: return self._binary("sub", o, True)
+    def __mul__(self, o: Number) -> Value: return self._binary("mul", o)
+    def __rmul__(self, o: Number) -> Value: return self._binary("mul", o, True)
+    def __truediv__(self, o: Number) -> Value: return self._binary("div", o)
+    def __rtruediv__(self, o: Number) -> Value: return self._binary("div", o, True)
+    def __neg__(self) -> Value: return self._new((self.b.fneg if self.is_float else self.b.neg)(self.v))
+    def __abs__(self) -> Value: return self.call("llvm.fabs")
+    def __and__(self, o: Number) -> Value: return self._new(self.b.and_(self.v, self.lift(o).v))
+    def __or__(self, o: Number) -> Value: return self._new(self.b.or_(self.v, self.lift(o).v))
+    def __xor__(self, o: Number) -> Value: return self._new(self.b.xor(self.v, self.lift(o).v))
+    def __invert__(self) -> Value: return self._new(self.b.not_(self.v))
+    def __lshift__(self, bits: int) -> Value: return self._new(self.b.shl(self.v, self.lift(bits).v))
+    def __rshift__(self, bits: int) -> Value: return self._new(self.b.ashr(self.v, self.lift(bits).v))
 
+    # fmt: on
     def _compare(self, op: str, other: Number) -> Value:
         if isinstance(other, Value) and other.lanes > self.lanes:
             return other._compare({"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(op, op), self)
@@ -105,12 +107,12 @@ class Value:
         # != is the one comparison that NaN satisfies
         return self._new((self.b.fcmp_unordered if op == "!=" else self.b.fcmp_ordered)(op, self.v, o))
 
-    def __lt__(self, o: Number) -> Value: return self._compare("<", o)  # fmt: skip
-    def __le__(self, o: Number) -> Value: return self._compare("<=", o)  # fmt: skip
-    def __gt__(self, o: Number) -> Value: return self._compare(">", o)  # fmt: skip
-    def __ge__(self, o: Number) -> Value: return self._compare(">=", o)  # fmt: skip
-    def __eq__(self, o: Number) -> Value: return self._compare("==", o)  # type: ignore[override]  # fmt: skip
-    def __ne__(self, o: Number) -> Value: return self._compare("!=", o)  # type: ignore[override]  # fmt: skip
+    def __lt__(self, o: Number) -> Value: return self._compare("<", o)
+    def __le__(self, o: Number) -> Value: return self._compare("<=", o)
+    def __gt__(self, o: Number) -> Value: return self._compare(">", o)
+    def __ge__(self, o: Number) -> Value: return self._compare(">=", o)
+    def __eq__(self, o: Number) -> Value: return self._compare("==", o)  # type: ignore[override]
+    def __ne__(self, o: Number) -> Value: return self._compare("!=", o)  # type: ignore[override]
     __hash__ = None  # type: ignore[assignment]
 
     def __bool__(self) -> bool:
@@ -145,7 +147,7 @@ class Value:
         x = self.splat(lanes)
         return x.call("llvm.fma", x.lift(y), x.lift(z))
 
-    def rint(self) -> Value: return self.call("llvm.rint")  # fmt: skip
+    def rint(self) -> Value: return self.call("llvm.rint")
 
     def call(self, name: str, *args: Value, result: ir.Type | None = None) -> Value:
         """Call the intrinsic `name`, overloaded on my type."""
@@ -166,10 +168,10 @@ class Value:
         first = self.b.insert_element(undef, self.v, ir.Constant(I32, 0))
         return self._new(self.b.shuffle_vector(first, undef, ir.Constant(vector(I32, lanes), [0] * lanes)))
 
-    def bits(self, elem: ir.Type) -> Value: return self._new(self.b.bitcast(self.v, self.like(elem)))  # fmt: skip
-    def zext(self, elem: ir.Type) -> Value: return self._new(self.b.zext(self.v, self.like(elem)))  # fmt: skip
-    def trunc(self, elem: ir.Type) -> Value: return self._new(self.b.trunc(self.v, self.like(elem)))  # fmt: skip
-    def to_int(self, elem: ir.Type) -> Value: return self._new(self.b.fptosi(self.v, self.like(elem)))  # fmt: skip
+    def bits(self, elem: ir.Type) -> Value: return self._new(self.b.bitcast(self.v, self.like(elem)))
+    def zext(self, elem: ir.Type) -> Value: return self._new(self.b.zext(self.v, self.like(elem)))
+    def trunc(self, elem: ir.Type) -> Value: return self._new(self.b.trunc(self.v, self.like(elem)))
+    def to_int(self, elem: ir.Type) -> Value: return self._new(self.b.fptosi(self.v, self.like(elem)))
 
     def to(self, elem: ir.Type, unsigned: bool = False) -> Value:
         """The number that I hold, as a float of type `elem` (rounded to nearest even where it is narrower)."""
@@ -203,8 +205,8 @@ class Value:
             out = combine(*out.halves())
         return out
 
-    def sum(self) -> Value: return self.fold(lambda a, b: a + b)  # fmt: skip
-    def max(self) -> Value: return self.fold(lambda a, b: (a > b).select(a, b))  # fmt: skip
+    def sum(self) -> Value: return self.fold(lambda a, b: a + b)
+    def max(self) -> Value: return self.fold(lambda a, b: (a > b).select(a, b))
 
     def any(self) -> Value:
         return self.call("llvm.vector.reduce.or", result=I1) if self.lanes > 1 else self

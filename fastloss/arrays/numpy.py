@@ -10,6 +10,8 @@ from . import View
 
 
 def view(array: Any, differentiable: bool = False) -> View:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("a masked array has a mask, which a loss would ignore; fill or compress it")
     data = np.asarray(array)
     name = data.dtype.name
     return View(data.view(np.uint16) if name == "bfloat16" else data, name)

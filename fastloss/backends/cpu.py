@@ -73,7 +73,6 @@ def run_pointwise(
     return sums
 
 
-
 def run_softmax(
     variant: SoftmaxVariant,
     arrays: Sequence[np.ndarray | None],
