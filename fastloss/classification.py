@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from typing import Any
@@ -44,6 +45,7 @@ class _ClassCall(Call):
             raise ValueError("input has shape (), expected (C), (N, C) or (N, C, d1, ..., dK)")
         axis = 0 if len(self.x.shape) == 1 else 1
         self.classes = self.x.shape[axis]
+        self._result_dtype = self.x.dtype
         self._losses_shape = (*self.x.shape[:axis], *self.x.shape[axis + 1 :])
         self.w: View | None = None
         if self.weight is not None:
@@ -69,7 +71,7 @@ class _ClassCall(Call):
 
     @property
     def result_dtype(self) -> str:
-        return self.x.dtype
+        return self._result_dtype
 
     @property
     def losses_shape(self) -> Shape:
@@ -165,6 +167,7 @@ class SoftmaxCall(_ClassCall):
             )
         else:
             checks.floating(self.t, "target")
+            self._result_dtype = checks.promote((self.x, self.t), ("input", "target"))
         self.weighted_mean = not self.by_probability
 
     @property
@@ -249,12 +252,8 @@ class SoftmaxCall(_ClassCall):
         """sum over samples of q[c] (lse - x[c]), for class probabilities q."""
         smoothing = self.label_smoothing
         # d loss / d q[c] is keep * weight[c] * (lse - x[c]): with unit weights and no smoothing, the factor wanted
-        plain = SoftmaxCall(
-            self.x.data, self.t.data, "none", weight=None, ignore_index=-100, label_smoothing=0.0, lse_square_scale=0.0,
-            softcap=self.softcap, dtype=None, out=None,
-        )  # fmt: skip
-        plain.prepare(differentiable=True)
-        plain.x, plain.t = self.x, self.t
+        plain = copy.copy(self)
+        plain.w, plain.label_smoothing, plain.lse_square_scale = None, 0.0, 0.0
         total = np.zeros(self.classes)
         rows = max(1, _BLOCK // max(1, math.prod(self.x.shape[1:])))
         logits, target = (a if a.ndim > 1 else a[None] for a in (self.x.data, self.t.data))

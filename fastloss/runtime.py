@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 _TBB_LIBRARIES = ("libtbb.so.12", "libtbb.12.dylib", "tbb12.dll")
 _workqueue_lock = threading.Lock()
@@ -26,6 +27,14 @@ def preload_tbb() -> bool:
                 ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
                 return True
     return False
+
+
+def _numba() -> Any:
+    """Numba, whose threads start only after the tbb wheel's library is loaded."""
+    preload_tbb()
+    import numba
+
+    return numba
 
 
 def threading_layer() -> str | None:
@@ -67,16 +76,12 @@ def parallel_region() -> Iterator[None]:
 
 def set_num_threads(n: int) -> None:
     """Let kernels called from this thread use at most `n` threads, 1 to `numba.config.NUMBA_NUM_THREADS`."""
-    import numba
-
-    numba.set_num_threads(n)
+    _numba().set_num_threads(n)
 
 
 def get_num_threads() -> int:
     """Number of threads that a kernel called from this thread may use."""
-    import numba
-
-    return int(numba.get_num_threads())
+    return int(_numba().get_num_threads())
 
 
 def versions() -> dict[str, str]:

@@ -1,325 +1,396 @@
-"""Runs compiled kernels over arrays of any layout: `@njit(parallel=True)` over chunks of fixed size.
+"""Runs emitted kernels over arrays of any layout, chunk by chunk, on one thread or on Numba's.
 
 A kernel sees contiguous, native memory only. What is laid out otherwise (strided, broadcast, byte-swapped) passes
-through a block of scratch that stays in the first-level cache. The chunks and the order in which their sums are added
-do not depend on the number of threads, so neither does any bit of the result. Every driver exists twice, since a
-parallel launch costs more than a small input; the twins share their body, and their names keep Numba's cache apart.
+through scratch that stays in the first-level cache. The chunks and the order in which their sums are added do not
+depend on the number of threads, so neither does any bit of the result.
+
+A task is a block of 64-bit integers (`HEADER`, the shape, a record for each array). Its driver, a C function of
+(block, chunk), stages a chunk and calls the kernel; `run_serial` and `run_parallel` call a driver for every chunk.
+All of it is written on integers and addresses, which Numba compiles in a fraction of the time that arrays take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import cfunc, njit, prange, types
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic
 
-from .pointwise import SUMS
+from .records import (
+    ADDRESS,
+    CLASS_STEP,
+    DIRECT,
+    GRAD,
+    INDEX,
+    ITEMSIZE,
+    LOSSES,
+    PROBABILITIES,
+    STRIDES,
+    SWAP,
+    UPSTREAM,
+)
+from .softmax import ARRAYS
+from .values import I8, I16, I32, I64, SIZE, Value, loop, when
 
-N_SUMS = len(SUMS)
-INVALID = SUMS.index("invalid")
-CHUNK = 16384  # pointwise elements per task: 64 KB of float32, about 4 us of work
-STAGE = 1024  # elements staged at a time: five float64 operands fill 40 KB
+# function: the kernel's address; alignment: bytes that the vectors of a streamed result are aligned to, or 0;
+# arrays: what every chunk of a row loss passes to its kernel, the slots of its own arrays empty
+HEADER = (
+    "function", "total", "per_chunk", "ndim", "n_arrays", "n_sources", "alignment", "parameters", "sums", "arrays",
+)  # fmt: skip
+FUNCTION, TOTAL, PER_CHUNK, NDIM, N_ARRAYS, N_SOURCES, ALIGNMENT, PARAMETERS, SUMS, TEMPLATE = range(len(HEADER))
+BODY = len(HEADER)
 
-# Columns of an array's record; its strides in bytes follow. CLASS_STEP is the stride between classes, or 1 for
-# unsigned class indices.
-ADDRESS, ITEMSIZE, DIRECT, SWAP, CLASS_STEP, STRIDES = range(6)
+FIRST_STEP = ARRAYS.index("logits_step")
+TO_INDEX, TO_UPSTREAM, TO_LOSSES = ARRAYS.index("index"), ARRAYS.index("upstream"), ARRAYS.index("losses")
+CLASSES, N_SLOTS = ARRAYS.index("classes"), len(ARRAYS)
+
+STAGE = 1024  # pointwise elements staged at a time: five float64 operands fill 40 KB
+SUM_BYTES = 64  # a chunk's row of sums: a cache line of its own
+
+Codegen = Callable[[Any, Any, Any, Any], Any]
 
 
-@intrinsic
-def _call(typingctx: Any, function: Any, n: Any, arrays: Any, parameters: Any, sums: Any) -> Any:
+def _integers(emit: Callable[..., Value | None], arity: int) -> Any:
+    """A Numba intrinsic over 64-bit integers, written with emitted values."""
+    result = types.void if emit.__annotations__["return"] == "None" else types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = emit(*(Value(builder, arg) for arg in args))
+        return context.get_dummy_value() if out is None else out.v
+
+    names = ", ".join(f"a{k}" for k in range(arity))
+    space: dict[str, Any] = {"signature": result(*[types.int64] * arity), "codegen": codegen}
+    # Numba reads an intrinsic's arity off its signature
+    exec(f"def {emit.__name__}(typingctx, {names}):\n    return signature, codegen", space)
+    return intrinsic(space[emit.__name__])
+
+
+def _get_(address: Value) -> Value:
+    return address.load(I64)
+
+
+def _put_(address: Value, value: Value) -> None:
+    address.store(value)
+
+
+def _call_(function: Value, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
     """Call the kernel at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
-        builder.call(builder.inttoptr(args[0], type_.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
+    type_ = ir.FunctionType(ir.VoidType(), [I64] * 4)
+    b = function.b
+    b.call(b.inttoptr(function.v, type_.as_pointer()), [n.v, arrays.v, parameters.v, sums.v])
 
 
-@intrinsic
-def _copy(typingctx: Any, source: Any, target: Any, itemsize: Any, swap: Any) -> Any:
-    """Copy one element of 1, 2, 4 or 8 bytes, reversing them if `swap`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target, itemsize, swap = args
-        after = builder.append_basic_block("copied")
-        switch = builder.switch(itemsize, after)
-        for size in (1, 2, 4, 8):
-            type_ = ir.IntType(8 * size)
-            block = builder.append_basic_block(f"copy{size}")
-            switch.add_case(ir.Constant(ir.IntType(64), size), block)
-            with builder.goto_block(block):
-                value = builder.load(builder.inttoptr(source, type_.as_pointer()), align=1, typ=type_)
-                if size > 1:
-                    value = builder.select(builder.trunc(swap, ir.IntType(1)), builder.bswap(value), value)
-                builder.store(value, builder.inttoptr(target, type_.as_pointer()), align=1)
-                builder.branch(after)
-        builder.position_at_end(after)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+def _drive_(driver: Value, block: Value, chunk: Value) -> None:
+    """Call the driver at an address."""
+    type_ = ir.FunctionType(ir.VoidType(), [I64] * 2)
+    b = driver.b
+    b.call(b.inttoptr(driver.v, type_.as_pointer()), [block.v, chunk.v])
 
 
-@njit(cache=True, nogil=True)
-def _offset(shape, strides, index):  # type: ignore[no-untyped-def]
+def _copy_(
+    source: Value, from_step: Value, target: Value, to_step: Value, n: Value, itemsize: Value, swap: Value
+) -> None:
+    """Copy n elements of 1, 2, 4 or 8 bytes from stride to stride, reversing their bytes if `swap`."""
+
+    def copy(elem: ir.Type, reverse: bool) -> None:
+        def body(i: Value) -> None:
+            value = (source + i * from_step).load(elem, align=1)
+            value = Value(value.b, value.b.bswap(value.v)) if reverse else value
+            (target + i * to_step).store(value)
+
+        loop(Value(n.b, I64(0)), n, 1, [], body)
+
+    for elem in (I8, I16, I32, I64):
+
+        def both(elem: ir.Type = elem) -> None:
+            if elem == I8:
+                copy(elem, False)
+            else:
+                when(swap == 1, lambda: copy(elem, True), lambda: copy(elem, False))
+
+        when(itemsize == SIZE[elem], both)
+
+
+def _widen_(source: Value, itemsize: Value, unsigned: Value, n: Value, target: Value) -> None:
+    """n contiguous integers as int64; what does not fit becomes the largest one, which is no class."""
+
+    def widen(elem: ir.Type, extend: Callable[[Value], Value]) -> None:
+        def body(i: Value) -> None:
+            (target + i * 8).store(extend((source + i * SIZE[elem]).load(elem, align=1)))
+
+        loop(Value(n.b, I64(0)), n, 1, [], body)
+
+    def sext(raw: Value) -> Value:
+        return raw if raw.elem == I64 else Value(raw.b, raw.b.sext(raw.v, I64))
+
+    def zext(raw: Value) -> Value:
+        return (raw < 0).select(2**63 - 1, raw) if raw.elem == I64 else raw.zext(I64)
+
+    for elem in (I8, I16, I32, I64):
+
+        def both(elem: ir.Type = elem) -> None:
+            when(unsigned == 1, lambda: widen(elem, zext), lambda: widen(elem, sext))
+
+        when(itemsize == SIZE[elem], both)
+
+
+_get, _put = _integers(_get_, 1), _integers(_put_, 2)
+_call, _drive = _integers(_call_, 5), _integers(_drive_, 3)
+_copy, _widen = _integers(_copy_, 7), _integers(_widen_, 5)
+
+
+@njit
+def _field(block, k):  # type: ignore[no-untyped-def]
+    return _get(block + 8 * k)
+
+
+@njit
+def _record(block, k):  # type: ignore[no-untyped-def]
+    """Address of array k's record."""
+    ndim = _field(block, NDIM)
+    return block + 8 * (BODY + ndim + k * (STRIDES + ndim))
+
+
+@njit
+def _offset(block, record, index):  # type: ignore[no-untyped-def]
     """Bytes from the start of an array to its element `index` in C order."""
     offset = 0
-    for k in range(len(shape) - 1, -1, -1):
-        offset += index % shape[k] * strides[k]
-        index //= shape[k]
+    for k in range(_field(block, NDIM) - 1, -1, -1):
+        extent = _field(block, BODY + k)
+        offset += index % extent * _field(record, STRIDES + k)
+        index //= extent
     return offset
 
 
-@njit(cache=True, nogil=True)
-def _stage(record, shape, start, n, scratch, inward):  # type: ignore[no-untyped-def]
-    """Copy elements start .. start + n between an array of any layout and contiguous scratch."""
-    itemsize, swap, strides = record[ITEMSIZE], record[SWAP], record[STRIDES:]
-    inner, step = shape[-1], strides[-1]
+@njit
+def _stage(block, record, base, start, n, scratch, inward):  # type: ignore[no-untyped-def]
+    """Copy elements start .. start + n between an array of any layout, at `base`, and contiguous scratch."""
+    itemsize, swap = _field(record, ITEMSIZE), _field(record, SWAP)
+    last = _field(block, NDIM) - 1
+    inner, step = _field(block, BODY + last), _field(record, STRIDES + last)
     done = 0
     while done < n:
         index = start + done
         run = min(n - done, inner - index % inner)
-        there = record[ADDRESS] + _offset(shape, strides, index)
+        there = base + _offset(block, record, index)
         here = scratch + done * itemsize
         if inward:
-            for k in range(run):
-                _copy(there + k * step, here + k * itemsize, itemsize, swap)
+            _copy(there, step, here, itemsize, run, itemsize, swap)
         else:
-            for k in range(run):
-                _copy(here + k * itemsize, there + k * step, itemsize, swap)
+            _copy(here, itemsize, there, step, run, itemsize, swap)
         done += run
 
 
-@njit(cache=True, nogil=True)
-def _pointwise_chunk(chunk, function, total, shape, records, n_sources, parameters, alignment, sums):  # type: ignore[no-untyped-def]
-    """One chunk of a pointwise kernel: all at once where every array is direct, else block by block."""
-    n_arrays = len(records)
+@njit
+def _stage_classes(block, record, start, n, classes, scratch, step, inward):  # type: ignore[no-untyped-def]
+    """The same for the classes of n samples, which lie `step` bytes apart in scratch."""
+    for c in range(classes):
+        base = _field(record, ADDRESS) + c * _field(record, CLASS_STEP)
+        _stage(block, record, base, start, n, scratch + c * step, inward)
+
+
+@njit
+def _stage_samples(block, start, n, arrays, scratch, per_chunk):  # type: ignore[no-untyped-def]
+    """Put the addresses of class indices, upstream gradients and losses of n samples into `arrays`."""
+    for k in range(INDEX, LOSSES + 1):
+        record = _record(block, k)
+        itemsize = _field(record, ITEMSIZE)
+        if itemsize:
+            here = scratch + (k - INDEX) * per_chunk * 8
+            if _field(record, DIRECT):
+                here = _field(record, ADDRESS) + start * itemsize
+            elif k != LOSSES:
+                _stage(block, record, _field(record, ADDRESS), start, n, here, True)
+            if k == INDEX:
+                if itemsize != 8 or _field(record, CLASS_STEP):
+                    wide = scratch + 3 * per_chunk * 8
+                    _widen(here, itemsize, _field(record, CLASS_STEP), n, wide)
+                    here = wide
+                _put(arrays + 8 * TO_INDEX, here)
+            elif k == UPSTREAM:
+                _put(arrays + 8 * TO_UPSTREAM, here)
+            else:
+                _put(arrays + 8 * TO_LOSSES, here)
+
+
+@njit
+def _unstage_losses(block, start, n, arrays):  # type: ignore[no-untyped-def]
+    record = _record(block, LOSSES)
+    if _field(record, ITEMSIZE) and not _field(record, DIRECT):
+        _stage(block, record, _field(record, ADDRESS), start, n, _get(arrays + 8 * TO_LOSSES), False)
+
+
+def pointwise(block, chunk):  # type: ignore[no-untyped-def]
+    """One chunk of a pointwise loss: all at once where every array is direct, else `STAGE` elements at a time."""
+    n_arrays, n_sources, alignment = _field(block, N_ARRAYS), _field(block, N_SOURCES), _field(block, ALIGNMENT)
+    start = chunk * _field(block, PER_CHUNK)
+    stop = min(start + _field(block, PER_CHUNK), _field(block, TOTAL))
     direct = True
     for k in range(n_arrays):
-        direct = direct and records[k, DIRECT] == 1
-    start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, total)
-    pointers = np.empty(n_arrays, np.int64)
-    scratch = np.empty((0 if direct else n_arrays, STAGE))
+        direct = direct and _field(_record(block, k), DIRECT) == 1
+    memory = np.empty(n_arrays + (0 if direct else n_arrays * STAGE))
+    pointers = memory.ctypes.data
     while start < stop:
         n = stop - start if direct else min(STAGE, stop - start)
         if alignment:  # streaming stores: the elements before the first aligned vector go alone
-            last = records[n_arrays - 1]
-            before = -(last[ADDRESS] + start * last[ITEMSIZE]) % alignment // last[ITEMSIZE]
+            last = _record(block, n_arrays - 1)
+            itemsize = _field(last, ITEMSIZE)
+            before = -(_field(last, ADDRESS) + start * itemsize) % alignment // itemsize
             if before:
                 n = min(n, before)
         for k in range(n_arrays):
-            if records[k, DIRECT]:
-                pointers[k] = records[k, ADDRESS] + start * records[k, ITEMSIZE]
+            record = _record(block, k)
+            if _field(record, DIRECT):
+                _put(pointers + 8 * k, _field(record, ADDRESS) + start * _field(record, ITEMSIZE))
             else:
-                pointers[k] = scratch[k].ctypes.data
+                here = pointers + 8 * (n_arrays + k * STAGE)
+                _put(pointers + 8 * k, here)
                 if k < n_sources:
-                    _stage(records[k], shape, start, n, pointers[k], True)
-        _call(function, n, pointers.ctypes.data, parameters.ctypes.data, sums[chunk].ctypes.data)
+                    _stage(block, record, _field(record, ADDRESS), start, n, here, True)
+        sums = _field(block, SUMS) + chunk * SUM_BYTES
+        _call(_field(block, FUNCTION), n, pointers, _field(block, PARAMETERS), sums)
         for k in range(n_sources, n_arrays):
-            if not records[k, DIRECT]:
-                _stage(records[k], shape, start, n, pointers[k], False)
+            record = _record(block, k)
+            if not _field(record, DIRECT):
+                _stage(block, record, _field(record, ADDRESS), start, n, _get(pointers + 8 * k), False)
         start += n
+    memory[0] = 0.0  # Numba frees an array after its last use, and sees none of ours through addresses
 
 
-@njit(cache=True, nogil=True)
-def pointwise_serial(chunks, function, total, shape, records, n_sources, parameters, alignment, sums):  # type: ignore[no-untyped-def]
-    for chunk in range(chunks):
-        _pointwise_chunk(chunk, function, total, shape, records, n_sources, parameters, alignment, sums)
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def pointwise_parallel(chunks, function, total, shape, records, n_sources, parameters, alignment, sums):  # type: ignore[no-untyped-def]
-    for chunk in prange(chunks):
-        _pointwise_chunk(chunk, function, total, shape, records, n_sources, parameters, alignment, sums)
-
-
-@intrinsic
-def _index(typingctx: Any, address: Any, itemsize: Any, unsigned: Any) -> Any:
-    """The integer at an address as an int64; what does not fit is the largest one, which is no class."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, itemsize, unsigned = args
-        wide = ir.IntType(64)
-        after = builder.append_basic_block("read")
-        with builder.goto_block(after):
-            phi = builder.phi(wide)
-        switch = builder.switch(itemsize, after)
-        phi.add_incoming(ir.Constant(wide, 0), builder.block)
-        for size in (1, 2, 4, 8):
-            type_ = ir.IntType(8 * size)
-            block = builder.append_basic_block(f"read{size}")
-            switch.add_case(ir.Constant(wide, size), block)
-            with builder.goto_block(block):
-                raw = builder.load(builder.inttoptr(address, type_.as_pointer()), align=1, typ=type_)
-                is_unsigned = builder.trunc(unsigned, ir.IntType(1))
-                if size < 8:
-                    value = builder.select(is_unsigned, builder.zext(raw, wide), builder.sext(raw, wide))
-                else:
-                    negative = builder.icmp_signed("<", raw, ir.Constant(wide, 0))
-                    too_large = builder.and_(is_unsigned, negative)
-                    value = builder.select(too_large, ir.Constant(wide, 2**63 - 1), raw)
-                phi.add_incoming(value, block)
-                builder.branch(after)
-        builder.position_at_end(after)
-        return phi
-
-    return types.int64(types.int64, types.int64, types.int64), codegen
-
-
-# rows of a row loss's records; the first four have a class dimension
-LOGITS, PROBABILITIES, GRAD, GRAD_TARGET, INDEX, UPSTREAM, LOSSES = range(7)
-# slots of softmax.ARRAYS
-A_STEP, A_INDEX, A_WEIGHT, A_UPSTREAM, A_LOSSES, A_CLASSES, A_IGNORE = 4, 8, 9, 10, 11, 12, 13
-
-
-@njit(cache=True, nogil=True)
-def _stage_samples(records, shape, start, n, arrays, scratch):  # type: ignore[no-untyped-def]
-    """Put the addresses of class indices, upstream gradients and losses of n samples into `arrays`."""
-    for k in range(INDEX, LOSSES + 1):
-        record, here = records[k], scratch[k - INDEX].ctypes.data
-        if record[ITEMSIZE] == 0:
-            continue
-        if record[DIRECT]:
-            here = record[ADDRESS] + start * record[ITEMSIZE]
-        elif k != LOSSES:
-            _stage(record, shape, start, n, here, True)
-        if k == INDEX and (record[ITEMSIZE] != 8 or record[CLASS_STEP]):
-            raw, here = here, scratch[3].ctypes.data
-            indices = scratch[3].view(np.int64)
-            for i in range(n):
-                indices[i] = _index(raw + i * record[ITEMSIZE], record[ITEMSIZE], record[CLASS_STEP])
-        arrays[A_INDEX if k == INDEX else A_UPSTREAM if k == UPSTREAM else A_LOSSES] = here
-
-
-@njit(cache=True, nogil=True)
-def _rows_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
+def rows(block, chunk):  # type: ignore[no-untyped-def]
     """Samples whose classes lie side by side; those that do not are staged, a sample at a time."""
-    start, stop = chunk * per_chunk, min((chunk + 1) * per_chunk, total)
-    classes = fixed[A_CLASSES]
-    arrays = fixed.copy()
-    tables = np.empty((4, per_chunk), np.int64)
-    samples = np.empty((4, per_chunk))
+    per_chunk = _field(block, PER_CHUNK)
+    start = chunk * per_chunk
+    stop = min(start + per_chunk, _field(block, TOTAL))
+    template = _field(block, TEMPLATE)
+    classes = _field(template, CLASSES)
     direct = True
     for k in range(INDEX):
-        direct = direct and (records[k, ITEMSIZE] == 0 or records[k, DIRECT] == 1)
+        record = _record(block, k)
+        direct = direct and (_field(record, ITEMSIZE) == 0 or _field(record, DIRECT) == 1)
     step = stop - start if direct else 1
-    scratch = np.empty((4, 0 if direct else classes + 16))
+    # the kernel's arguments, four tables of row addresses, four columns of samples, four staged rows
+    memory = np.empty(N_SLOTS + 8 * per_chunk + (0 if direct else 4 * classes))
+    arrays = memory.ctypes.data
+    tables = arrays + 8 * N_SLOTS
+    samples = tables + 4 * 8 * per_chunk
+    staged = samples + 4 * 8 * per_chunk
+    for k in range(N_SLOTS):
+        _put(arrays + 8 * k, _field(template, k))
     for i in range(start, stop, step):
         for k in range(INDEX):
-            record = records[k]
-            if record[ITEMSIZE] == 0:
-                continue
-            arrays[k] = tables[k].ctypes.data
-            for row in range(step):
-                tables[k, row] = record[ADDRESS] + _offset(shape, record[STRIDES:], i + row)
-            if not record[DIRECT]:
-                here = scratch[k].ctypes.data
-                if k <= PROBABILITIES:
-                    for c in range(classes):
-                        there = tables[k, 0] + c * record[CLASS_STEP]
-                        _copy(there, here + c * record[ITEMSIZE], record[ITEMSIZE], record[SWAP])
-                tables[k, 0] = here
-        _stage_samples(records, shape, i, step, arrays, samples)
-        _call(function, step, arrays.ctypes.data, parameters.ctypes.data, sums[chunk].ctypes.data)
+            record, table = _record(block, k), tables + k * 8 * per_chunk
+            itemsize = _field(record, ITEMSIZE)
+            if itemsize:
+                _put(arrays + 8 * k, table)
+                for row in range(step):
+                    _put(table + 8 * row, _field(record, ADDRESS) + _offset(block, record, i + row))
+                if not _field(record, DIRECT):
+                    here = staged + k * 8 * classes
+                    if k <= PROBABILITIES:
+                        class_step, swap = _field(record, CLASS_STEP), _field(record, SWAP)
+                        _copy(_get(table), class_step, here, itemsize, classes, itemsize, swap)
+                    _put(table, here)
+        _stage_samples(block, i, step, arrays, samples, per_chunk)
+        sums = _field(block, SUMS) + chunk * SUM_BYTES
+        _call(_field(block, FUNCTION), step, arrays, _field(block, PARAMETERS), sums)
         for k in range(GRAD, INDEX):
-            record = records[k]
-            if record[ITEMSIZE] and not record[DIRECT]:
-                there = record[ADDRESS] + _offset(shape, record[STRIDES:], i)
-                for c in range(classes):
-                    here = scratch[k].ctypes.data + c * record[ITEMSIZE]
-                    _copy(here, there + c * record[CLASS_STEP], record[ITEMSIZE], record[SWAP])
-        if records[LOSSES, ITEMSIZE] and not records[LOSSES, DIRECT]:
-            _stage(records[LOSSES], shape, i, step, arrays[A_LOSSES], False)
+            record = _record(block, k)
+            itemsize = _field(record, ITEMSIZE)
+            if itemsize and not _field(record, DIRECT):
+                there = _field(record, ADDRESS) + _offset(block, record, i)
+                here = staged + k * 8 * classes
+                _copy(here, itemsize, there, _field(record, CLASS_STEP), classes, itemsize, _field(record, SWAP))
+        _unstage_losses(block, i, step, arrays)
+    memory[0] = 0.0  # as in pointwise
 
 
-@njit(cache=True, nogil=True)
-def _tile_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
+def tile(block, chunk):  # type: ignore[no-untyped-def]
     """Samples side by side for each class; arrays that lie otherwise are staged, transposed, in scratch."""
-    start, stop = chunk * per_chunk, min((chunk + 1) * per_chunk, total)
-    classes = fixed[A_CLASSES]
-    arrays = fixed.copy()
-    samples = np.empty((4, per_chunk))
-    staged, direct = 0, False
+    per_chunk = _field(block, PER_CHUNK)
+    start = chunk * per_chunk
+    stop = min(start + per_chunk, _field(block, TOTAL))
+    template = _field(block, TEMPLATE)
+    classes = _field(template, CLASSES)
+    inner = _field(block, BODY + _field(block, NDIM) - 1)
+    n_staged, direct = 0, False
     for k in range(INDEX):
-        if records[k, ITEMSIZE]:
-            staged += 1 - records[k, DIRECT]
-            direct = direct or records[k, DIRECT] == 1
-    scratch = np.empty((staged, classes * per_chunk))
-    inner = shape[-1]
+        record = _record(block, k)
+        if _field(record, ITEMSIZE):
+            n_staged += 1 - _field(record, DIRECT)
+            direct = direct or _field(record, DIRECT) == 1
+    memory = np.empty(N_SLOTS + 4 * per_chunk + n_staged * classes * per_chunk)
+    arrays = memory.ctypes.data
+    samples = arrays + 8 * N_SLOTS
+    staged = samples + 4 * 8 * per_chunk
+    for k in range(N_SLOTS):
+        _put(arrays + 8 * k, _field(template, k))
     while start < stop:
         n = stop - start
         if direct:  # an array read in place is in one piece only along the innermost dimension
             n = min(n, inner - start % inner)
-        used = 0
+        here = staged
         for k in range(INDEX):
-            record = records[k]
-            if record[ITEMSIZE] == 0:
-                continue
-            if record[DIRECT]:
-                arrays[k] = record[ADDRESS] + _offset(shape, record[STRIDES:], start)
-                arrays[A_STEP + k] = record[CLASS_STEP]
-                continue
-            arrays[k], arrays[A_STEP + k] = scratch[used].ctypes.data, per_chunk * record[ITEMSIZE]
-            used += 1
-            if k <= PROBABILITIES:
-                _stage_classes(record, shape, start, n, classes, arrays[k], arrays[A_STEP + k], True)
-        _stage_samples(records, shape, start, n, arrays, samples)
-        _call(function, n, arrays.ctypes.data, parameters.ctypes.data, sums[chunk].ctypes.data)
+            record = _record(block, k)
+            itemsize = _field(record, ITEMSIZE)
+            if itemsize:
+                if _field(record, DIRECT):
+                    _put(arrays + 8 * k, _field(record, ADDRESS) + _offset(block, record, start))
+                    _put(arrays + 8 * (FIRST_STEP + k), _field(record, CLASS_STEP))
+                else:
+                    _put(arrays + 8 * k, here)
+                    _put(arrays + 8 * (FIRST_STEP + k), per_chunk * itemsize)
+                    if k <= PROBABILITIES:
+                        _stage_classes(block, record, start, n, classes, here, per_chunk * itemsize, True)
+                    here += classes * per_chunk * 8
+        _stage_samples(block, start, n, arrays, samples, per_chunk)
+        sums = _field(block, SUMS) + chunk * SUM_BYTES
+        _call(_field(block, FUNCTION), n, arrays, _field(block, PARAMETERS), sums)
         for k in range(GRAD, INDEX):
-            if records[k, ITEMSIZE] and not records[k, DIRECT]:
-                _stage_classes(records[k], shape, start, n, classes, arrays[k], arrays[A_STEP + k], False)
-        if records[LOSSES, ITEMSIZE] and not records[LOSSES, DIRECT]:
-            _stage(records[LOSSES], shape, start, n, arrays[A_LOSSES], False)
+            record = _record(block, k)
+            if _field(record, ITEMSIZE) and not _field(record, DIRECT):
+                step = _get(arrays + 8 * (FIRST_STEP + k))
+                _stage_classes(block, record, start, n, classes, _get(arrays + 8 * k), step, False)
+        _unstage_losses(block, start, n, arrays)
         start += n
+    memory[0] = 0.0  # as in pointwise
 
 
-@njit(cache=True, nogil=True)
-def _stage_classes(record, shape, start, n, classes, scratch, step, inward):  # type: ignore[no-untyped-def]
-    """Copy the classes of n samples between an array of any layout and scratch, `step` bytes from class to class."""
-    one = record.copy()
-    for c in range(classes):
-        one[ADDRESS] = record[ADDRESS] + c * record[CLASS_STEP]
-        _stage(one, shape, start, n, scratch + c * step, inward)
-
-
-@njit(cache=True, nogil=True)
-def rows_serial(chunks, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
+def _run_serial(driver, block, chunks):  # type: ignore[no-untyped-def]
     for chunk in range(chunks):
-        _rows_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums)
+        _drive(driver, block, chunk)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def rows_parallel(chunks, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
+def _run_parallel(driver, block, chunks):  # type: ignore[no-untyped-def]
     for chunk in prange(chunks):
-        _rows_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums)
+        _drive(driver, block, chunk)
 
 
-@njit(cache=True, nogil=True)
-def tile_serial(chunks, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
-    for chunk in range(chunks):
-        _tile_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums)
+def _cached(compile_: Callable[[bool], Any]) -> Any:
+    """`compile_(cache)` with Numba's disk cache, or without it where that is unwritable or spoilt."""
+    try:
+        return compile_(True)
+    except Exception:  # noqa: BLE001  # a spoilt cache file raises whatever unpickling it raises
+        return compile_(False)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def tile_parallel(chunks, function, total, per_chunk, shape, records, fixed, parameters, sums):  # type: ignore[no-untyped-def]
-    for chunk in prange(chunks):
-        _tile_chunk(chunk, function, total, per_chunk, shape, records, fixed, parameters, sums)
+@cache
+def driver(name: str) -> int:
+    """Address of the driver `pointwise`, `rows` or `tile`."""
+    function = {"pointwise": pointwise, "rows": rows, "tile": tile}[name]
+    signature = types.void(types.int64, types.int64)
+    compiled = _cached(lambda cache: cfunc(signature, cache=cache)(function))
+    return int(compiled.address)
 
 
-@njit(cache=True, nogil=True)
-def add_up(sums):  # type: ignore[no-untyped-def]
-    """The chunks' sums in one row, added in order; pairs (high, low) carry the rounding errors of high."""
-    out = np.zeros(N_SUMS)
-    for chunk in range(len(sums)):
-        for pair in range(0, 6, 2):
-            term = sums[chunk, pair]
-            total = out[pair] + term
-            back = total - out[pair]
-            out[pair + 1] += (out[pair] - (total - back)) + (term - back) + sums[chunk, pair + 1]
-            out[pair] = total
-        out[6] += sums[chunk, 6]
-        out[7] = max(out[7], sums[chunk, 7])
-    return out
+@cache
+def runner(parallel: bool) -> CPUDispatcher:
+    """The function that calls a driver for every chunk: (driver, block, chunks)."""
+    function = _run_parallel if parallel else _run_serial
+    signature = types.void(types.int64, types.int64, types.int64)
+    return _cached(lambda cache: njit([signature], cache=cache, nogil=True, parallel=parallel)(function))

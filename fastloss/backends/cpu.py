@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from .. import runtime
 from ..kernels import compiler
+from ..kernels.exact import add_rows
 from ..kernels.nll import NLLVariant
 from ..kernels.pointwise import SUMS, PointwiseVariant
+from ..kernels.records import CLASS_STEP, DIRECT, GRAD, LOGITS, N_CLASSY
 from ..kernels.softmax import ARRAYS, MIN_ROW, SoftmaxVariant
 from ..kernels.values import LANES
 from .layout import Samples, address, records
@@ -22,6 +24,8 @@ PARALLEL_BYTES = 96 * 1024
 # Results larger than this leave by streaming stores: they would not stay in the cache anyway.
 STREAM_BYTES = 8 * 1024 * 1024
 
+# Pointwise elements of one task: 64 KB of float32, about 4 us of work.
+CHUNK = 16384
 # Logits of one task: about 20 us of work, so that 64 rows or one very wide row are shared out well.
 CHUNK_LOGITS = 32768
 MAX_SAMPLES = 2048
@@ -35,22 +39,63 @@ def compiled(variant: Any) -> int:
     return compiler.compile_function(variant.emit, 4, variant.key)
 
 
-def launch(serial: Callable[..., None], parallel: Callable[..., None], nbytes: int, chunks: int, *args: Any) -> None:
-    """Run a driver over `chunks`, on threads where that pays and is safe."""
+@cache
+def _add_rows() -> Callable[..., None]:
+    emit = partial(add_rows, width=len(SUMS))
+    return compiler.callable_of(emit, 3, ("add_rows", len(SUMS)))
+
+
+def launch(
+    driver: str,
+    variant: Any,
+    shape: Sequence[int],
+    records: Sequence[Sequence[int]],
+    total: int,
+    per_chunk: int,
+    nbytes: int,
+    parameters: Sequence[float],
+    *,
+    n_sources: int = 0,
+    alignment: int = 0,
+    template: np.ndarray | None = None,
+) -> np.ndarray:
+    """Run a driver over all chunks, on threads where that pays and is safe; gives the sums in `SUMS`' order."""
+    from ..kernels import cpu
+
+    chunks = -(-total // per_chunk)
+    sums = np.zeros((chunks, len(SUMS)))
+    numbers = np.array(parameters, np.float64)
+    fields = dict.fromkeys(cpu.HEADER, 0)
+    fields |= {
+        "function": compiled(variant),
+        "total": total,
+        "per_chunk": per_chunk,
+        "ndim": len(shape),
+        "n_arrays": len(records),
+        "n_sources": n_sources,
+        "alignment": alignment,
+        "parameters": address(numbers),
+        "sums": address(sums),
+        "arrays": 0 if template is None else address(template),
+    }
+    block = np.array([*fields.values(), *shape, *(field for record in records for field in record)], np.int64)
+    task = cpu.driver(driver), address(block), chunks
     if chunks > 1 and nbytes >= PARALLEL_BYTES and runtime.may_run_parallel():
-        runtime.preload_tbb()
         with runtime.parallel_region():
-            parallel(chunks, *args)
+            cpu.runner(True)(*task)
     else:
-        serial(chunks, *args)
+        cpu.runner(False)(*task)
+    if chunks == 1:
+        return sums[0]
+    out = np.empty(len(SUMS))
+    _add_rows()(address(sums), chunks, address(out))
+    return out
 
 
 def run_pointwise(
     variant: PointwiseVariant, sources: Sequence[np.ndarray], sinks: Sequence[np.ndarray], parameters: Sequence[float]
 ) -> np.ndarray:
     """Run one kernel over arrays of one shape; gives the sums in `SUMS`' order."""
-    from ..kernels import cpu
-
     total = sources[0].size
     if total == 0:
         return np.zeros(len(SUMS))
@@ -58,17 +103,12 @@ def run_pointwise(
     shape, rows = records(arrays)
     alignment = 0
     one_gradient = len(sinks) == 1 and variant.losses is None
-    if one_gradient and sinks[0].nbytes >= STREAM_BYTES and rows[-1, cpu.DIRECT]:
+    if one_gradient and sinks[0].nbytes >= STREAM_BYTES and rows[-1][DIRECT]:
         variant, alignment = replace(variant, stream=True), LANES * sinks[0].itemsize
-    chunks = -(-total // cpu.CHUNK)
-    sums = np.zeros((chunks, len(SUMS)))
-    numbers = np.array(parameters, np.float64)
     nbytes = sum(array.itemsize for array in arrays) * total
-    launch(
-        cpu.pointwise_serial, cpu.pointwise_parallel, nbytes, chunks,
-        compiled(variant), total, shape, rows, len(sources), numbers, alignment, sums,
-    )  # fmt: skip
-    sums = cpu.add_up(sums)
+    sums = launch(
+        "pointwise", variant, shape, rows, total, CHUNK, nbytes, parameters, n_sources=len(sources), alignment=alignment
+    )
     sums[SUMS.index("count")] = total
     return sums
 
@@ -82,10 +122,8 @@ def run_softmax(
 ) -> np.ndarray:
     """Run a row loss over `arrays`: logits, probabilities, their gradients, of shape (N, C, d1, ...); class indices,
     upstream gradients, losses, of shape (N, d1, ...); absent ones None. Gives the sums in `SUMS`' order."""
-    from ..kernels import cpu
-
-    samples = Samples(arrays, n_classy=4)
-    logits, grad, index = arrays[cpu.LOGITS], arrays[cpu.GRAD], arrays[cpu.INDEX]
+    samples = Samples(arrays)
+    logits, grad = arrays[LOGITS], arrays[GRAD]
     if samples.total == 0 or logits is None:
         return np.zeros(len(SUMS))
     classes = logits.shape[1]
@@ -93,15 +131,11 @@ def run_softmax(
     wide = classes >= MIN_ROW
     rows = wide and (samples.classes_adjoin(0) or (classes > MAX_TILE_CLASSES and not samples.samples_adjoin(0)))
     table = samples.records(rows)
-    if index is not None:
-        table[cpu.INDEX, cpu.CLASS_STEP] = index.dtype.kind == "u"
     per_chunk = max(1, CHUNK_LOGITS // classes) if rows else max(LANES, CHUNK_LOGITS // classes // LANES * LANES)
-    per_chunk = min(per_chunk, MAX_SAMPLES)
-    stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[cpu.GRAD, cpu.DIRECT])
+    stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
     variant = replace(variant, layout="rows" if rows else "tile", stream=stream)
-    fixed = _fixed(classes, weight, ignore_index)
-    drivers = (cpu.rows_serial, cpu.rows_parallel) if rows else (cpu.tile_serial, cpu.tile_parallel)
-    return _run_samples(drivers, variant, samples, table, per_chunk, fixed, parameters)
+    template = _template(classes, weight, ignore_index)
+    return _run_samples(variant.layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
 
 
 def run_nll(
@@ -112,45 +146,39 @@ def run_nll(
     parameters: Sequence[float],
 ) -> np.ndarray:
     """The same for negative log-likelihood, which touches one logit a sample and never stages the others."""
-    from ..kernels import cpu
-
-    logits, index = arrays[cpu.LOGITS], arrays[cpu.INDEX]
-    if logits is None or index is None or index.size == 0:
+    logits = arrays[LOGITS]
+    arrays = [array if k >= N_CLASSY or array is None else _aligned(array) for k, array in enumerate(arrays)]
+    samples = Samples(arrays)
+    if samples.total == 0 or logits is None:
         return np.zeros(len(SUMS))
-    arrays = [array if k >= cpu.INDEX or array is None else _aligned(array) for k, array in enumerate(arrays)]
-    samples = Samples(arrays, n_classy=4)
     table = samples.records(rows=True)
-    table[: cpu.INDEX, cpu.DIRECT] = 1
-    table[cpu.INDEX, cpu.CLASS_STEP] = index.dtype.kind == "u"
-    fixed = _fixed(logits.shape[1], weight, ignore_index)
-    fixed[cpu.A_STEP : cpu.A_STEP + 4] = table[:4, cpu.CLASS_STEP]
-    return _run_samples((cpu.rows_serial, cpu.rows_parallel), variant, samples, table, MAX_SAMPLES, fixed, parameters)
+    template = _template(logits.shape[1], weight, ignore_index)
+    for k, record in enumerate(table[:N_CLASSY]):
+        record[DIRECT] = 1
+        template[ARRAYS.index("logits_step") + k] = record[CLASS_STEP]
+    return _run_samples("rows", variant, samples, table, MAX_SAMPLES, template, parameters)
 
 
-def _fixed(classes: int, weight: np.ndarray | None, ignore_index: int) -> np.ndarray:
+def _template(classes: int, weight: np.ndarray | None, ignore_index: int) -> np.ndarray:
     """The slots of `softmax.ARRAYS` that are the same for every chunk."""
-    fixed = dict.fromkeys(ARRAYS, 0)
-    fixed |= {"classes": classes, "ignore_index": ignore_index, "weight": 0 if weight is None else address(weight)}
-    return np.array(list(fixed.values()), np.int64)
+    fields = dict.fromkeys(ARRAYS, 0)
+    fields |= {"classes": classes, "ignore_index": ignore_index, "weight": 0 if weight is None else address(weight)}
+    return np.array(list(fields.values()), np.int64)
 
 
 def _run_samples(
-    drivers: tuple[Callable[..., None], Callable[..., None]],
+    driver: str,
     variant: SoftmaxVariant | NLLVariant,
     samples: Samples,
-    table: np.ndarray,
+    table: Sequence[Sequence[int]],
     per_chunk: int,
-    fixed: np.ndarray,
+    template: np.ndarray,
     parameters: Sequence[float],
 ) -> np.ndarray:
-    from ..kernels import cpu
-
-    chunks = -(-samples.total // per_chunk)
-    sums = np.zeros((chunks, len(SUMS)))
     nbytes = sum(array.nbytes for array in samples.arrays if array is not None)
-    shape, numbers = np.array(samples.shape, np.int64), np.array(parameters, np.float64)
-    launch(*drivers, nbytes, chunks, compiled(variant), samples.total, per_chunk, shape, table, fixed, numbers, sums)
-    return cpu.add_up(sums)
+    return launch(
+        driver, variant, samples.shape, table, samples.total, per_chunk, nbytes, parameters, template=template
+    )
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:

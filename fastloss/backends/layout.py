@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from ..kernels.records import INDEX, N_CLASSY, STRIDES
 
 Shape = tuple[int, ...]
 
@@ -36,7 +39,10 @@ def collapse(shape: Shape, strides: Sequence[Shape]) -> tuple[Shape, list[Shape]
 
 
 def record(array: np.ndarray, strides: Shape, class_step: int, in_place: bool) -> list[int]:
-    """One array's row for the drivers. `in_place`: whether its strides allow a kernel to work on it directly."""
+    """One array's row for the drivers, in the order of `kernels.records`' columns.
+
+    `in_place`: whether its strides allow a kernel to work on it directly.
+    """
     start, native = address(array), bool(array.dtype.isnative)
     direct = in_place and native and start % array.itemsize == 0
     return [start, array.itemsize, int(direct), int(not native), class_step, *strides]
@@ -50,29 +56,29 @@ def linear(shape: Shape, strides: Shape, itemsize: int) -> bool:
     return outer and strides[-1] == itemsize
 
 
-def records(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def records(arrays: Sequence[np.ndarray]) -> tuple[Shape, list[list[int]]]:
     """The pointwise drivers' `shape` and `records`, for arrays of one shape (broadcast ones have strides of 0)."""
     shape, strides = collapse(arrays[0].shape, [array.strides for array in arrays])
     rows = [record(a, s, 0, linear(shape, s, a.itemsize)) for a, s in zip(arrays, strides, strict=True)]
-    return np.array(shape, np.int64), np.array(rows, np.int64)
+    return shape, rows
 
 
 class Samples:
-    """The layout of a row loss: `arrays` (None where absent), the first `n_classy` of them of shape (N, C, d1, ...),
-    the others of shape (N, d1, ...)."""
+    """The layout of a row loss: `arrays` in `records`' order (None where absent), the first `N_CLASSY` of them of shape
+    (N, C, d1, ...), the others of shape (N, d1, ...)."""
 
-    def __init__(self, arrays: Sequence[np.ndarray | None], n_classy: int) -> None:
-        self.arrays, self.n_classy = arrays, n_classy
+    def __init__(self, arrays: Sequence[np.ndarray | None]) -> None:
+        self.arrays = arrays
         present = {k: array for k, array in enumerate(arrays) if array is not None}
         outer = {k: self._without_classes(k, array.strides) for k, array in present.items()}
         first = next(iter(present))
         extents = self._without_classes(first, present[first].shape)
         self.shape, strides = collapse(extents, list(outer.values()))
         self.strides = dict(zip(present, strides, strict=True))
-        self.total = int(np.prod(self.shape))
+        self.total = math.prod(self.shape)
 
     def _without_classes(self, k: int, extents: Shape) -> Shape:
-        return (extents[0], *extents[2:]) if k < self.n_classy else extents
+        return (extents[0], *extents[2:]) if k < N_CLASSY else extents
 
     def classes_adjoin(self, k: int) -> bool:
         """Whether the classes of array k lie side by side."""
@@ -84,18 +90,19 @@ class Samples:
         array = self.arrays[k]
         return array is not None and (self.strides[k][-1] == array.itemsize or self.shape == (1,))
 
-    def records(self, rows: bool) -> np.ndarray:
+    def records(self, rows: bool) -> list[list[int]]:
         """One row for each array, zeros for those that are absent; `rows` as in `SoftmaxVariant.layout`."""
-        table = np.zeros((len(self.arrays), 5 + len(self.shape)), np.int64)
+        table = [[0] * (STRIDES + len(self.shape)) for _ in self.arrays]
         for k, strides in self.strides.items():
             array = self.arrays[k]
             if array is None:
                 continue
-            if k < self.n_classy:
+            if k < N_CLASSY:
                 step = array.strides[1]
                 aligned = all(stride % array.itemsize == 0 for stride in (step, *strides))
                 in_place = aligned and (self.classes_adjoin(k) if rows else self.samples_adjoin(k))
             else:
-                step, in_place = 0, linear(self.shape, strides, array.itemsize)
+                step = int(k == INDEX and array.dtype.kind == "u")
+                in_place = linear(self.shape, strides, array.itemsize)
             table[k] = record(array, strides, step, in_place)
         return table
