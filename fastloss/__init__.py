@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         l1_loss,
         mse_loss,
         nll_loss,
+        pointwise_loss,
         smooth_l1_loss,
     )
     from .meter import Meter
@@ -52,6 +53,7 @@ _HOME = {
         "l1_loss",
         "mse_loss",
         "nll_loss",
+        "pointwise_loss",
         "smooth_l1_loss",
     ),
     "meter": ("Meter",),
@@ -92,6 +94,7 @@ __all__ = [
     "l1_loss",
     "mse_loss",
     "nll_loss",
+    "pointwise_loss",
     "register",
     "set_num_threads",
     "show_versions",

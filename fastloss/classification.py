@@ -13,9 +13,7 @@ from . import checks, dispatch
 from .arrays import View
 from .backends import cpu
 from .call import Call, Result, Shape, as_floats
-from .kernels.nll import NLLVariant
 from .kernels.pointwise import SUMS
-from .kernels.softmax import SoftmaxVariant
 from .kernels.storage import INTEGERS
 from .reductions import Sums, to_memory
 
@@ -219,19 +217,18 @@ class SoftmaxCall(_ClassCall):
         """Run the kernel that these options need."""
         grad, grad_target = grads.get("input"), grads.get("target")
         weights = self.class_weights(self.compute)
-        variant = SoftmaxVariant(
-            layout="rows",
-            compute=self.compute,
-            logits=self.x.dtype,
-            probabilities=self.t.dtype if self.by_probability else None,
-            weighted=weights is not None,
-            smoothing=self.label_smoothing > 0,
-            z_loss=self.lse_square_scale > 0,
-            softcap=self.softcap is not None,
-            upstream=upstream is not None,
-            losses=losses.dtype if losses else None,
-            grad=grad.dtype if grad else None,
-            grad_target=grad_target.dtype if grad_target else None,
+        options = (
+            self.compute,
+            self.x.dtype,
+            self.t.dtype if self.by_probability else None,
+            weights is not None,
+            self.label_smoothing > 0,
+            self.lse_square_scale > 0,
+            self.softcap is not None,
+            upstream is not None,
+            losses.dtype if losses else None,
+            grad.dtype if grad else None,
+            grad_target.dtype if grad_target else None,
         )
 
         arrays = [
@@ -246,7 +243,7 @@ class SoftmaxCall(_ClassCall):
         total_weight = self.classes if weights is None else float(self.class_weights("float64").sum())  # type: ignore[union-attr]
         keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
         parameters = [scale, scale_z, keep, share, total_weight, self.lse_square_scale, self.softcap or 0.0]
-        return self._sums(cpu.run_softmax(variant, arrays, weights, self.ignore_index, parameters))
+        return self._sums(cpu.run_softmax(options, arrays, weights, self.ignore_index, parameters))
 
     def _weight_gradient(self, scale: float, upstream: np.ndarray | None) -> np.ndarray:
         """sum over samples of q[c] (lse - x[c]), for class probabilities q."""
@@ -304,7 +301,7 @@ class NLLCall(_ClassCall):
 
     def _launch(self, losses: View | None, grad: View | None, scale: float, upstream: np.ndarray | None) -> Sums:
         weights = self.class_weights("float64")
-        variant = NLLVariant(
+        variant = cpu.nll_variant(
             self.x.dtype,
             weights is not None,
             upstream is not None,

@@ -21,6 +21,7 @@ from .kernels.huber import HUBER
 from .kernels.kl_div import KL_DIV, KL_DIV_LOG_TARGET
 from .kernels.l1 import L1
 from .kernels.mse import MSE
+from .kernels.pointwise import Pointwise
 from .kernels.smooth_l1 import SMOOTH_L1
 from .pointwise import PointwiseCall
 
@@ -43,6 +44,46 @@ class Loss(Generic[P]):
 
     def __reduce__(self) -> str:
         return self.call.__name__
+
+
+def pointwise_loss(formulas: Pointwise) -> Loss[Any]:
+    """A public loss function out of formulas of one's own: reductions, weights, broadcasting, dtypes, gradients.
+
+    Args:
+        formulas: what the loss is, over emitted values x (input) and y (target); its parameters become keyword
+            arguments of the function.
+
+    Returns:
+        A function `(input, target, reduction="mean", weight=None, *, dtype=None, out=None, **parameters)` that
+        `value_and_grad` takes too; 'mean' with weight is sum(weight * loss) / sum(weight).
+
+    >>> import numpy as np, fastloss
+    >>> from fastloss.kernels.pointwise import Pointwise
+    >>> square = fastloss.pointwise_loss(Pointwise("square", lambda x, y: (x - y) * (x - y), lambda x, y: 2 * (x - y)))
+    >>> float(square(np.array([3.0]), np.array([1.0])))
+    4.0
+    """
+
+    def call(
+        input: Array,
+        target: Array,
+        reduction: str = "mean",
+        weight: Array = None,
+        *,
+        dtype: Any = None,
+        out: Array = None,
+        **parameters: float,
+    ) -> Call:
+        if set(parameters) != set(formulas.parameters):
+            raise TypeError(f"{formulas.name} takes the parameters {formulas.parameters}, got {tuple(parameters)}")
+        reduction = checks.reduction_of(None, None, reduction, REDUCTIONS)
+        numbers = [float(parameters[name]) for name in formulas.parameters]
+        options = {"weight": weight, "weighted_mean": True, "dtype": dtype, "out": out}
+        return PointwiseCall(formulas, input, target, reduction, parameters=numbers, **options)
+
+    call.__name__ = call.__qualname__ = formulas.name
+    call.__doc__ = formulas.value.__doc__
+    return Loss(call)
 
 
 @Loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from . import checks, dispatch
 from .arrays import View
 from .backends import cpu
 from .call import Call, Result, Shape, as_floats
-from .kernels.pointwise import SUMS, Pointwise, PointwiseVariant
+from .kernels.pointwise import SUMS, Pointwise
 from .reductions import Sums, to_memory
 
 _SCAN = 1 << 20  # elements looked at together for the first invalid one
@@ -114,7 +115,7 @@ class PointwiseCall(Call):
         return sums
 
     def _size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def _rows(self) -> int:
         return self.shape[0] if self.shape else 1
@@ -129,7 +130,7 @@ class PointwiseCall(Call):
     ) -> Sums:
         """Run the kernel that these options need."""
         grad, grad_target = grads.get("input"), grads.get("target")
-        variant = PointwiseVariant(
+        variant = cpu.pointwise_variant(
             self.loss,
             "float64" if self.loss.wide or self._result_dtype == "float64" else "float32",
             tuple(view.dtype for view in self.inputs),
@@ -139,7 +140,8 @@ class PointwiseCall(Call):
             grad.dtype if grad else None,
             grad_target.dtype if grad_target else None,
         )
-        sources = [np.broadcast_to(view.data, self.shape) for view in self.sources]
+        shape = self.shape
+        sources = [v.data if v.data.shape == shape else np.broadcast_to(v.data, shape) for v in self.sources]
         if upstream is not None:
             sources.append(upstream)
         sinks = [view.data for view in (losses, grad, grad_target) if view]

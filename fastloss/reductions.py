@@ -84,6 +84,8 @@ def rounded(value: float, dtype: str) -> np.ndarray:
     >>> rounded(1.00390625, "bfloat16").item() == 0x3F80  # halfway: to even
     True
     """
+    if dtype == "float64" or (dtype == "float32" and abs(value) < 3e38):
+        return np.array(value, dtype)
     return to_memory(np.array(value, np.float64), dtype)
 
 

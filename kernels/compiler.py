@@ -9,8 +9,9 @@ import os
 import sys
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import llvmlite
@@ -120,16 +121,17 @@ def compile_function(emit: Emit, arity: int, key: object) -> int:
     """Address of the C function `void f(int64_t, ...)` that `emit` writes.
 
     `key` must tell everything that `emit` depends on (its repr is hashed with the sources of this package), since a
-    hit in the disk cache skips emitting altogether.
+    hit in the disk cache skips emitting altogether. None: no disk cache.
     """
     with _lock:
         name = hashlib.sha256(f"{fingerprint()}{key!r}".encode()).hexdigest()
         path = cache_directory() / f"{name}.o"
         target = machine()
-        code = _read(path)
+        code = None if key is None else _read(path)
         if code is None:
             code = target.emit_object(optimised(module_of(emit, arity), target))
-            _write(path, code)
+            if key is not None:
+                _write(path, code)
         empty = llvm.parse_assembly("")
         engine = llvm.create_mcjit_compiler(empty, target)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -141,3 +143,21 @@ def compile_function(emit: Emit, arity: int, key: object) -> int:
 def callable_of(emit: Emit, arity: int, key: object) -> Callable[..., None]:
     """The compiled function as something Python can call (tests, accuracy tables)."""
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(compile_function(emit, arity, key))
+
+
+class Variant(ABC):
+    """A kernel of the drivers' signature, `void kernel(n, arrays, parameters, sums)`, compiled when first used."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[object, ...] | None:
+        """What tells this kernel from every other, for the disk cache; None keeps it out."""
+
+    @abstractmethod
+    def emit(self, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
+        """Write the kernel's body."""
+
+    @cached_property
+    def address(self) -> int:
+        """Where the machine code lies."""
+        return compile_function(self.emit, 4, self.key)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import storage
+from .compiler import Variant
 from .exact import two_sum
 from .pointwise import SUMS
 from .softmax import ARRAYS, PARAMETERS
@@ -13,7 +14,7 @@ from .values import F64, I64, Value, full, loop, when
 
 
 @dataclass(frozen=True)
-class NLLVariant:
+class NLLVariant(Variant):
     """One kernel over the arrays and parameters of `softmax`, in the layout `rows`, the steps between classes given.
     Only the targets' gradients are written: the others stay the zeros that they are."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from . import storage
+from .compiler import Variant
 from .exact import add_lanes, two_sum
 from .values import F64, I1, I64, LANES, Value, full, loop, when
 from .vecmath import where
@@ -27,7 +29,7 @@ def wide(x: Value) -> Value:
     return x.to(F64) if isinstance(x, Value) else x  # type: ignore[redundant-expr]  # formulas run on arrays too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pointwise:
     """A loss of one element: formulas over `(x, y, *operands, *parameters)`, written once for every back end."""
 
@@ -42,7 +44,7 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
-class PointwiseVariant:
+class PointwiseVariant(Variant):
     """One kernel of a loss: the options that change the loop. Storages are names of `storage.MEMORY`."""
 
     loss: Pointwise
@@ -55,9 +57,16 @@ class PointwiseVariant:
     grad_target: str | None = None
     stream: bool = False  # gradients go past the caches; the caller aligns them to a whole vector
 
+    @cached_property
+    def streaming(self) -> PointwiseVariant:
+        """The same, with gradients that go past the caches."""
+        return replace(self, stream=True)
+
     @property
-    def key(self) -> tuple[object, ...]:
-        """What tells this kernel from every other, for the disk cache."""
+    def key(self) -> tuple[object, ...] | None:
+        """What tells this kernel from every other, for the disk cache; None keeps a formula from outside out of it."""
+        if not self.loss.value.__module__.startswith(__package__ + "."):
+            return None  # nothing would notice that its source has changed
         rest = (self.compute, self.inputs, self.weight, self.upstream, self.losses, self.grad, self.grad_target)
         return ("pointwise", self.loss.name, *rest, self.stream)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import storage
+from .compiler import Variant
 from .exact import add_lanes, two_sum
 from .pointwise import SUMS
 from .values import F64, I32, I64, LANES, SIZE, Value, full, iota, loop, when
@@ -59,7 +60,7 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SoftmaxVariant:
+class SoftmaxVariant(Variant):
     """One kernel: the options that change the loop. Storages are names of `storage.MEMORY`."""
 
     layout: str  # "rows" or "tile"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,18 @@ from . import View
 
 
 def view(array: Any, differentiable: bool = False) -> View:
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError("a masked array has a mask, which a loss would ignore; fill or compress it")
-    data = np.asarray(array)
-    name = data.dtype.name
-    return View(data.view(np.uint16) if name == "bfloat16" else data, name)
+    if type(array) is not np.ndarray:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError("a masked array has a mask, which a loss would ignore; fill or compress it")
+        array = np.asarray(array)
+    name = _name(array.dtype)
+    return View(array.view(np.uint16) if name == "bfloat16" else array, name)
+
+
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """dtype.name, which NumPy computes anew each time: 1.5 us."""
+    return str(dtype.name)
 
 
 def wrap(data: np.ndarray, dtype: str, like: Any) -> Any:

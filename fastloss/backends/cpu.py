@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -33,10 +32,10 @@ MAX_SAMPLES = 2048
 MAX_TILE_CLASSES = 4096
 
 
-@cache
-def compiled(variant: Any) -> int:
-    """Address of a variant's machine code."""
-    return compiler.compile_function(variant.emit, 4, variant.key)
+# A variant and its hash take 10 us to make, and a program uses few: they are kept, looked up by their fields.
+pointwise_variant = cache(PointwiseVariant)
+softmax_variant = cache(SoftmaxVariant)
+nll_variant = cache(NLLVariant)
 
 
 @cache
@@ -65,20 +64,19 @@ def launch(
     chunks = -(-total // per_chunk)
     sums = np.zeros((chunks, len(SUMS)))
     numbers = np.array(parameters, np.float64)
-    fields = dict.fromkeys(cpu.HEADER, 0)
-    fields |= {
-        "function": compiled(variant),
-        "total": total,
-        "per_chunk": per_chunk,
-        "ndim": len(shape),
-        "n_arrays": len(records),
-        "n_sources": n_sources,
-        "alignment": alignment,
-        "parameters": address(numbers),
-        "sums": address(sums),
-        "arrays": 0 if template is None else address(template),
-    }
-    block = np.array([*fields.values(), *shape, *(field for record in records for field in record)], np.int64)
+    header = cpu.Header(
+        function=variant.address,
+        total=total,
+        per_chunk=per_chunk,
+        ndim=len(shape),
+        n_arrays=len(records),
+        n_sources=n_sources,
+        alignment=alignment,
+        parameters=address(numbers),
+        sums=address(sums),
+        arrays=0 if template is None else address(template),
+    )
+    block = np.array([*header, *shape, *(field for record in records for field in record)], np.int64)
     task = cpu.driver(driver), address(block), chunks
     if chunks > 1 and nbytes >= PARALLEL_BYTES and runtime.may_run_parallel():
         with runtime.parallel_region():
@@ -104,7 +102,7 @@ def run_pointwise(
     alignment = 0
     one_gradient = len(sinks) == 1 and variant.losses is None
     if one_gradient and sinks[0].nbytes >= STREAM_BYTES and rows[-1][DIRECT]:
-        variant, alignment = replace(variant, stream=True), LANES * sinks[0].itemsize
+        variant, alignment = variant.streaming, LANES * sinks[0].itemsize
     nbytes = sum(array.itemsize for array in arrays) * total
     sums = launch(
         "pointwise", variant, shape, rows, total, CHUNK, nbytes, parameters, n_sources=len(sources), alignment=alignment
@@ -114,14 +112,15 @@ def run_pointwise(
 
 
 def run_softmax(
-    variant: SoftmaxVariant,
+    options: tuple[Any, ...],
     arrays: Sequence[np.ndarray | None],
     weight: np.ndarray | None,
     ignore_index: int,
     parameters: Sequence[float],
 ) -> np.ndarray:
     """Run a row loss over `arrays`: logits, probabilities, their gradients, of shape (N, C, d1, ...); class indices,
-    upstream gradients, losses, of shape (N, d1, ...); absent ones None. Gives the sums in `SUMS`' order."""
+    upstream gradients, losses, of shape (N, d1, ...); absent ones None. `options` are SoftmaxVariant's fields from
+    `compute` to `grad_target`. Gives the sums in `SUMS`' order."""
     samples = Samples(arrays)
     logits, grad = arrays[LOGITS], arrays[GRAD]
     if samples.total == 0 or logits is None:
@@ -133,7 +132,7 @@ def run_softmax(
     table = samples.records(rows)
     per_chunk = max(1, CHUNK_LOGITS // classes) if rows else max(LANES, CHUNK_LOGITS // classes // LANES * LANES)
     stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
-    variant = replace(variant, layout="rows" if rows else "tile", stream=stream)
+    variant = softmax_variant("rows" if rows else "tile", *options, stream)
     template = _template(classes, weight, ignore_index)
     return _run_samples(variant.layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
 
