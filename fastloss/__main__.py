@@ -1,0 +1,5 @@
+"""`python -m fastloss`: the command `fastloss`."""
+
+from fastloss.cli import main
+
+raise SystemExit(main())
