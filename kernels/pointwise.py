@@ -15,6 +15,11 @@ from .vecmath import where
 
 Formula = Callable[..., Any]
 
+# Elements whose losses are added plainly, 8 in each lane, before the sum is carried exactly: a third of an ulp at worst
+# in practice, for a quarter of the additions (TwoSum for every vector made the mean squared error 1.6 times slower).
+GROUP = 8 * 16
+UNROLL = 2
+
 # float64 slots that a call of a kernel adds to; every back end and every reduction is made of them
 SUMS = ("loss", "loss_low", "weight", "weight_low", "z", "z_low", "count", "invalid")
 
@@ -123,9 +128,23 @@ class PointwiseVariant(Variant):
             weights = state[2:4] if weight is None else two_sum(state[2:4], weight)
             return [*two_sum(state[:2], loss), *weights, state[4] if invalid is None else state[4] | invalid]
 
+        def add_plainly(i: Value, loss: Value, weights: Value, bad: Value) -> list[Value]:
+            for u in range(UNROLL):
+                more, weight, invalid = elements(i + LANES * u, LANES)
+                loss = loss + more
+                weights = weights if weight is None else weights + weight
+                bad = bad if invalid is None else bad | invalid
+            return [loss, weights, bad]
+
+        def add_group(i: Value, *state: Value) -> list[Value]:
+            _, (loss, weights, bad) = loop(i, i + GROUP, LANES * UNROLL, [zero, zero, state[4]], add_plainly)
+            kept = two_sum(state[2:4], weights) if self.weight else state[2:4]
+            return [*two_sum(state[:2], loss), *kept, bad]
+
         slots_of_sums = [sums + 8 * k for k in range(4)]
         zero = full(b, F64, LANES)
-        i, lanes = loop(Value(b, I64(0)), n, LANES, [zero] * 4 + [full(b, I1, LANES)], lambda i, *s: add(i, LANES, s))
+        i, lanes = loop(Value(b, I64(0)), n, GROUP, [zero] * 4 + [full(b, I1, LANES)], add_group)
+        i, lanes = loop(i, n, LANES, lanes, lambda i, *s: add(i, LANES, s))
         old = [slot.load(F64) for slot in slots_of_sums]
         state = [*add_lanes(old[:2], lanes[:2]), *add_lanes(old[2:], lanes[2:4]), lanes[4].any()]
         _, state = loop(i, n, 1, state, lambda i, *s: add(i, 1, s))

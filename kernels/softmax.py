@@ -29,7 +29,7 @@ ARRAYS = (
 PARAMETERS = ("scale", "scale_z", "keep", "share", "weight_sum", "lse_square_scale", "softcap")
 
 MIN_ROW = 32  # classes that the layout `rows` needs: its reference comes from the first 32
-FLUSH = 1024  # float32 exponentials added in 64 lanes before they move to float64: 16 additions, 1e-6 at worst
+FLUSH = 512  # float32 exponentials added in 32 lanes before they move to float64: 16 additions, 1e-6 at worst
 # A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
 MAX_SUM = 2.0**60
 
@@ -315,26 +315,27 @@ class _Kernel:
             """Classes c .. c + LANES, their exponentials into accumulator k."""
             *parts, mass, dot = state
             z = self.load_logits(x + c * size, LANES)[0]
-            e = exponential(z)
-            parts[k] = parts[k] + (e if live is None else live.select(e, 0.0))
+            if live is None and isinstance(exponential, ShiftedExp):
+                p, scale = exponential.factors(z)
+                parts[k] = p.fma(scale, parts[k])
+            else:
+                e = exponential(z)
+                parts[k] = parts[k] + (e if live is None else live.select(e, 0.0))
             if origin is not None:
                 probability, weight = self.load_probability(i, c, LANES), self.load_weight(c, LANES)
-                new = self.accumulate(Sums(e, mass, dot), z, origin, probability, weight)
+                new = self.accumulate(Sums(parts[k], mass, dot), z, origin, probability, weight)
                 if live is not None:
                     new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
                 mass, dot = new.mass, new.dot
             return [*parts, mass, dot]
 
-        def four(c: Value, *state: Value) -> list[Value]:
-            out = list(state)
-            for k in range(4):
-                out = add(c + k * LANES, k, out)
-            return out
+        def both(c: Value, *state: Value) -> list[Value]:
+            return add(c + LANES, 1, add(c, 0, state))
 
         def block(start: Value, total: Value, mass: Value, dot: Value) -> list[Value]:
             stop = (start + FLUSH).at_most(whole)
-            c, (*parts, mass, dot) = loop(start, stop, 4 * LANES, [zero] * 4 + [mass, dot], four)
-            part = (parts[0] + parts[1]) + (parts[2] + parts[3])
+            c, (*parts, mass, dot) = loop(start, stop, 2 * LANES, [zero, zero, mass, dot], both)
+            part = parts[0] + parts[1]
             _, (part, mass, dot) = loop(c, stop, LANES, [part, mass, dot], lambda c, *s: add(c, 0, s))
             return [total + part.to(F64), mass, dot]
 
