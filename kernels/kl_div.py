@@ -34,5 +34,5 @@ def log_grad_target(x: Value, y: Value) -> Value:
     return where(probability == 0, 0.0, probability * (y - x + 1))
 
 
-KL_DIV = Pointwise("kl_div", value, grad, grad_target, wide=True)
-KL_DIV_LOG_TARGET = Pointwise("kl_div_log_target", log_value, log_grad, log_grad_target, wide=True)
+KL_DIV = Pointwise("kl_div", value, grad, grad_target, wide=True, signed=True)
+KL_DIV_LOG_TARGET = Pointwise("kl_div_log_target", log_value, log_grad, log_grad_target, wide=True, signed=True)

@@ -15,8 +15,9 @@ from .vecmath import where
 
 Formula = Callable[..., Any]
 
-# Elements whose losses are added plainly, 8 in each lane, before the sum is carried exactly: a third of an ulp at worst
-# in practice, for a quarter of the additions (TwoSum for every vector made the mean squared error 1.6 times slower).
+# Elements whose losses are added plainly, 8 in each lane, before the sum is carried exactly: under a tenth of an ulp for
+# positive losses of float32 numbers, and 8.2 ns per 16 squared errors in cache where TwoSum for each vector took 11.5.
+# float64 arrays bring twice the bytes for the same work, and have every addition exact.
 GROUP = 8 * 16
 UNROLL = 2
 
@@ -46,6 +47,7 @@ class Pointwise:
     operands: tuple[str, ...] = ()  # further arrays, broadcast to the input
     parameters: tuple[str, ...] = ()  # numbers, the same for every element; passed at run time
     wide: bool = False  # compute in float64 whatever the storage: free where memory is the limit, and exact
+    signed: bool = False  # losses of both signs, whose sums cancel
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ class PointwiseVariant(Variant):
 
         slots_of_sums = [sums + 8 * k for k in range(4)]
         zero = full(b, F64, LANES)
-        i, lanes = loop(Value(b, I64(0)), n, GROUP, [zero] * 4 + [full(b, I1, LANES)], add_group)
+        i, lanes = Value(b, I64(0)), [zero] * 4 + [full(b, I1, LANES)]
+        if not self.loss.signed and "float64" not in self.sources:
+            i, lanes = loop(i, n, GROUP, lanes, add_group)
         i, lanes = loop(i, n, LANES, lanes, lambda i, *s: add(i, LANES, s))
         old = [slot.load(F64) for slot in slots_of_sums]
         state = [*add_lanes(old[:2], lanes[:2]), *add_lanes(old[2:], lanes[2:4]), lanes[4].any()]
