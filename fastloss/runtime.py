@@ -50,8 +50,9 @@ def threading_layer() -> str | None:
 
 
 def _remember_parent() -> None:
-    global _parallel_parent
-    _parallel_parent = threading_layer()
+    global _parallel_parent, _workqueue_lock
+    _parallel_parent = _parallel_parent or threading_layer()
+    _workqueue_lock = threading.Lock()  # whoever held it is not here to release it
 
 
 if hasattr(os, "register_at_fork"):

@@ -26,6 +26,16 @@ _engines: list[llvm.ExecutionEngine] = []  # an engine owns its machine code: ke
 _lock = threading.Lock()  # LLVM contexts are not thread-safe
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock, if one did, is not there to release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def module_of(emit: Emit, arity: int, name: str = "kernel") -> ir.Module:
     """An LLVM module with one function `void name(i64, ...)` whose body `emit(*arguments)` writes."""
     module = ir.Module(name)

@@ -34,7 +34,7 @@ FLUSH = 512  # float32 exponentials added in 32 lanes before they move to float6
 MAX_SUM = 2.0**60
 
 
-class Sums(NamedTuple):
+class ClassSums(NamedTuple):
     """Over a sample's classes: exponentials, probability mass, mass times (logit - origin)."""
 
     exponentials: Value
@@ -43,7 +43,7 @@ class Sums(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What was subtracted from a sample's logits, float64: high + low in exponentials, origin in `Sums.dot`."""
+    """What was subtracted from a sample's logits, float64: high + low in exponentials, origin in `ClassSums.dot`."""
 
     high: Value
     low: Value
@@ -137,7 +137,7 @@ class _Kernel:
             q = q * self.p["keep"] + self.p["share"]
         return q if weight is None else q * weight.to(F64)
 
-    def accumulate(self, sums: Sums, z: Value, origin: Value, probability: Value | None, weight: Value | None) -> Sums:
+    def accumulate(self, sums: ClassSums, z: Value, origin: Value, probability: Value | None, weight: Value | None) -> ClassSums:
         """Add a class's part to mass and dot, where the loss needs them."""
         if probability is not None:
             mass = self.mass_of(probability, weight)
@@ -150,7 +150,7 @@ class _Kernel:
         return sums
 
     def finish(
-        self, reference: Reference, sums: Sums, z: Value | None, weight: Value | None, upstream: Value | None
+        self, reference: Reference, sums: ClassSums, z: Value | None, weight: Value | None, upstream: Value | None
     ) -> Loss:
         """A sample's loss; z is the target's logit. Large logits cancel before they meet what is small."""
         high = reference.high
@@ -252,7 +252,7 @@ class _Kernel:
         x: Value,
         t: Value | None,
         reference: Reference,
-        sums: Sums,
+        sums: ClassSums,
         exponential: Callable[[Value], Value],
     ) -> list[Value]:
         """Loss, z-loss, weight and count, with losses and gradients written."""
@@ -306,7 +306,7 @@ class _Kernel:
         row = (self.a["probabilities"] + 8 * i).load(I64)
         return storage.load(row + c * storage.itemsize(self.v.probabilities), self.v.probabilities, self.type, lanes)
 
-    def sweep(self, i: Value, x: Value, exponential: Callable[[Value], Value], origin: Value | None) -> Sums:
+    def sweep(self, i: Value, x: Value, exponential: Callable[[Value], Value], origin: Value | None) -> ClassSums:
         """One pass over a row's classes; mass and dot only where an origin is given."""
         size = storage.itemsize(self.v.logits)
         zero, wide = full(self.b, self.type, LANES), full(self.b, F64, LANES)
@@ -323,7 +323,7 @@ class _Kernel:
                 parts[k] = parts[k] + (e if live is None else live.select(e, 0.0))
             if origin is not None:
                 probability, weight = self.load_probability(i, c, LANES), self.load_weight(c, LANES)
-                new = self.accumulate(Sums(parts[k], mass, dot), z, origin, probability, weight)
+                new = self.accumulate(ClassSums(parts[k], mass, dot), z, origin, probability, weight)
                 if live is not None:
                     new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
                 mass, dot = new.mass, new.dot
@@ -345,7 +345,7 @@ class _Kernel:
         rest = (self.classes - whole).trunc(I32)
         live = iota(self.b, LANES) >= (LANES - rest)
         part, mass, dot = add(self.classes - LANES, 0, [zero, *state[1:]], live)
-        return Sums((state[0] + part.to(F64)).sum(), mass.sum(), dot.sum())
+        return ClassSums((state[0] + part.to(F64)).sum(), mass.sum(), dot.sum())
 
     def maximum(self, x: Value) -> Value:
         """The largest logit of a row, NaN left out."""
@@ -407,7 +407,7 @@ class _Kernel:
         _, (highest,) = loop(begin, self.classes, 1, [lowest], larger)
         origin = highest.to(F64)
 
-        def add(c: Value, many: int, sums: Sums) -> Sums:
+        def add(c: Value, many: int, sums: ClassSums) -> ClassSums:
             parts = []
             for k in range(many):
                 z = logits(c + k)[0]
@@ -417,9 +417,9 @@ class _Kernel:
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return sums._replace(exponentials=sums.exponentials + parts[0].to(F64))
 
-        c, found = loop(begin, self.classes, 4, [zero] * 3, lambda c, *s: add(c, 4, Sums(*s)))
-        _, found = loop(c, self.classes, 1, found, lambda c, *s: add(c, 1, Sums(*s)))
-        sums = Sums(*found)
+        c, found = loop(begin, self.classes, 4, [zero] * 3, lambda c, *s: add(c, 4, ClassSums(*s)))
+        _, found = loop(c, self.classes, 1, found, lambda c, *s: add(c, 1, ClassSums(*s)))
+        sums = ClassSums(*found)
 
         upstream = (self.a["upstream"] + 8 * i).load(F64, lanes) if self.v.upstream else None
         scale = self.p["scale"] if upstream is None else upstream * self.p["scale"]

@@ -1,0 +1,93 @@
+"""The README's table: medians of interleaved calls, beside the speed at which this machine reads memory.
+
+    python benchmarks/compare.py [part of a case's name ...]
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from cases import CASES, CONTENDERS, Call
+
+import fastloss
+from fastloss.kernels.compiler import callable_of
+from fastloss.kernels.values import F32, I64, LANES, Value, full, loop
+
+ROUNDS = 11
+
+
+def _emit_sum(start: Value, n: Value, out: Value) -> None:
+    """Sum of n float32, eight vectors at a time: bound by memory alone."""
+
+    def body(i: Value, *sums: Value) -> list[Value]:
+        return [s + (start + (i + k * LANES) * 4).load(F32, LANES) for k, s in enumerate(sums)]
+
+    zero = full(n.b, F32, LANES)
+    _, sums = loop(Value(n.b, I64(0)), n, 8 * LANES, [zero] * 8, body)
+    out.store(sum(sums[1:], sums[0]).sum())
+
+
+def reader(nbytes: int) -> Call:
+    """A call that reads `nbytes` on all threads and does next to nothing with them."""
+    data, out = np.ones(nbytes // 4, np.float32), np.zeros(1, np.float32)
+    summed = callable_of(_emit_sum, 3, None)
+    threads = fastloss.get_num_threads()
+    pool = ThreadPoolExecutor(threads)
+    share = data.size // threads
+
+    def read() -> None:
+        list(pool.map(lambda k: summed(data.ctypes.data + 4 * k * share, share, out.ctypes.data), range(threads)))
+
+    return read
+
+
+def medians(calls: dict[str, Call]) -> dict[str, float]:
+    """Seconds of each call. Other libraries' threads spin for a while, and the first parallel call after a sleep pays
+    for waking a core: so sleep, one untimed call, one timed one, all contenders in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            time.sleep(0.02)
+            call()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    names = {"fastloss": fastloss.__version__, **{name: version(name) for name in ("numpy", "torch", "numba")}}
+    names["Python"] = platform.python_version()
+    print(", ".join(f"{name} {release}" for name, release in names.items()))
+    threads, cpu = fastloss.get_num_threads(), fastloss.runtime.versions()["cpu"]
+    print(f"{threads} threads, {cpu}, medians of {ROUNDS}, milliseconds\n")
+    print("| work | NumPy | torch | fastloss | torch / fastloss | GB/s | of the read limit |")
+    print("|---|---|---|---|---|---|---|")
+    torch.set_num_threads(threads)
+    for case in CASES:
+        if wanted and not any(part in case.name for part in wanted):
+            continue
+        calls, nbytes = case.build()
+        large = nbytes > 1 << 25
+        result = medians(calls | ({"limit": reader(nbytes)} if large else {}))
+        cells = [f"{result[name] * 1e3:.3g}" if name in result else "" for name in CONTENDERS]
+        limit = f"{result['limit'] / result['fastloss']:.2f}" if large else ""
+        ratio, speed = result["torch"] / result["fastloss"], nbytes / result["fastloss"] / 1e9
+        print(f"| {case.name} | {' | '.join(cells)} | {ratio:.2g} | {speed:.2g} | {limit} |", flush=True)
+        del calls
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
