@@ -10,7 +10,9 @@ import numpy as np
 
 from . import checks, dispatch
 from .arrays import View
+from .backends.cpu import Task
 from .kernels.storage import FLOATS
+from .plans import Plan
 from .reductions import Sums, rounded
 
 Shape = tuple[int, ...]
@@ -23,6 +25,7 @@ class Call(ABC):
     weighted_mean: bool  # whether a mean divides by the sum of weights instead of the count
     dtype: str | None  # of the result, where the caller asked for one
     out: Any
+    task: Task | None  # the kernel that ran last
     like: Any  # the array whose library results belong to
 
     @abstractmethod
@@ -55,6 +58,20 @@ class Call(ABC):
         """The arguments that have a gradient, as views and as given."""
 
     @abstractmethod
+    def plannable(self) -> tuple[int, int] | None:
+        """The numbers of input and target among the task's arrays; None where the task depends on more than them."""
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """Number of losses, ignored ones included."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Extent of the first dimension, 1 where there is none."""
+
+    @abstractmethod
     def run(self, losses: View | None, careful: bool) -> Sums:
         """The sums, and the per-sample losses where memory for them is given; `careful` leaves that memory alone
         unless every element is valid."""
@@ -70,7 +87,8 @@ class Call(ABC):
         if self.reduction == "none":
             self.run(View(result.data, result.dtype), careful=self.out is not None)
         else:
-            result.data[...] = rounded(self._reduced(self.run(None, careful=False)), result.dtype)
+            sums = self.run(None, careful=False)
+            result.data[...] = rounded(sums.value(self.reduction, self.weighted_mean), result.dtype)
         return result.finish()
 
     def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -83,7 +101,7 @@ class Call(ABC):
         losses = View(result.data, result.dtype) if none else None
         sums = self.run_gradients(losses, dict(zip(names, grads, strict=True)), upstream)
         if not none:
-            result.data[...] = rounded(self._reduced(sums), result.dtype)
+            result.data[...] = rounded(sums.value(self.reduction, self.weighted_mean), result.dtype)
         return result.finish(), [grad.finish() for grad in grads]
 
     def accumulate(self, per_sample: np.ndarray | None) -> Sums:
@@ -98,6 +116,15 @@ class Call(ABC):
         sums = self.run(View(result.data, dtype), careful=True)
         result.finish()
         return sums
+
+    def plan(self) -> Plan | None:
+        """How this call was run, for the next one like it; None where more than input and target matters."""
+        numbers = self.plannable()
+        if numbers is None or self.reduction == "none" or self.out is not None or self.task is None:
+            return None
+        wrap = dispatch.adapter_of(self.like).wrap
+        dtype = self.dtype or self.result_dtype
+        return Plan(self.task, numbers, self.samples, self.rows, self.reduction, self.weighted_mean, dtype, wrap)
 
     def result(self) -> Result:
         """Memory for the loss."""
@@ -116,9 +143,6 @@ class Call(ABC):
         """What the sum of losses is multiplied by under this reduction."""
         divisor = {"mean": weight_sum if self.weighted_mean else count, "batchmean": rows}.get(self.reduction, 1)
         return float(np.divide(1.0, divisor)) if divisor else float("inf")
-
-    def _reduced(self, sums: Sums) -> float:
-        return sums.value(self.reduction, self.weighted_mean)
 
     def _upstream(self, grad_output: Any) -> Any:
         """The gradient of what comes after: a float64 array for "none", a number for what is reduced."""

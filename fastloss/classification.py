@@ -14,6 +14,7 @@ from .arrays import View
 from .backends import cpu
 from .call import Call, Result, Shape, as_floats
 from .kernels.pointwise import SUMS
+from .kernels.records import INDEX, LOGITS, PROBABILITIES
 from .kernels.storage import INTEGERS
 from .reductions import Sums, to_memory
 
@@ -120,13 +121,24 @@ class _ClassCall(Call):
         template = f"target {int(value)} at position {{position}} is out of range for {self.classes} classes"
         return checks.positioned(checks.ClassIndexError, template, position)
 
-    def _rows(self) -> int:
+    @property
+    def samples(self) -> int:
+        return math.prod(self._losses_shape)
+
+    @property
+    def rows(self) -> int:
         return int(self.logits.shape[0])
 
-    def _sums(self, raw: np.ndarray) -> Sums:
+    def _run(self, task: cpu.Task | None) -> Sums:
+        self.task = task
+        raw = task.run() if task else [0.0] * len(SUMS)
         if raw[SUMS.index("invalid")]:
             self.check_indices()
-        return Sums(raw, samples=math.prod(self._losses_shape), rows=self._rows())
+        return Sums(raw, self.samples, self.rows)
+
+    def plannable(self) -> tuple[int, int] | None:
+        # nll_loss reads copies of arrays that are not native
+        return (LOGITS, INDEX) if self.w is None and self.x.data.dtype.isnative else None
 
 
 class SoftmaxCall(_ClassCall):
@@ -181,6 +193,9 @@ class SoftmaxCall(_ClassCall):
                 arguments["weight"] = self.w, self.weight
         return arguments
 
+    def plannable(self) -> tuple[int, int] | None:
+        return None if self.w is not None else (LOGITS, PROBABILITIES if self.by_probability else INDEX)
+
     @property
     def compute(self) -> str:
         # tanh(x / softcap) * softcap in float32 would lose the last bits of the logits
@@ -196,7 +211,7 @@ class SoftmaxCall(_ClassCall):
         total, count = (0.0, math.prod(self._losses_shape)) if self.by_probability else self.check_indices()
         none = self.reduction == "none"
         factor = 1.0 if none else upstream
-        scale = 1.0 if none else upstream * self.scale(total, count, self._rows())
+        scale = 1.0 if none else upstream * self.scale(total, count, self.rows)
         scale_z = factor / count if self.reduction == "mean" and count else factor
         sinks = {name: View(grad.data, grad.dtype) for name, grad in grads.items() if name != "weight"}
         if "weight" in grads:  # before anything is overwritten
@@ -243,7 +258,7 @@ class SoftmaxCall(_ClassCall):
         total_weight = self.classes if weights is None else float(self.class_weights("float64").sum())  # type: ignore[union-attr]
         keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
         parameters = [scale, scale_z, keep, share, total_weight, self.lse_square_scale, self.softcap or 0.0]
-        return self._sums(cpu.run_softmax(options, arrays, weights, self.ignore_index, parameters))
+        return self._run(cpu.softmax_task(options, arrays, weights, self.ignore_index, parameters))
 
     def _weight_gradient(self, scale: float, upstream: np.ndarray | None) -> np.ndarray:
         """sum over samples of q[c] (lse - x[c]), for class probabilities q."""
@@ -288,7 +303,7 @@ class NLLCall(_ClassCall):
     def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
         total, count = self.check_indices()
         none = self.reduction == "none"
-        scale = 1.0 if none else upstream * self.scale(total, count, self._rows())
+        scale = 1.0 if none else upstream * self.scale(total, count, self.rows)
         sums = self._launch(losses, None, 1.0, None)  # reads the logits that an in-place gradient replaces
         grad = grads["input"]
         in_place = grad.data.dtype.isnative and grad.data.flags.aligned
@@ -317,7 +332,7 @@ class NLLCall(_ClassCall):
             self.with_samples(upstream),
             self.with_samples(losses.data if losses else None),
         ]
-        return self._sums(cpu.run_nll(variant, arrays, weights, self.ignore_index, [scale]))
+        return self._run(cpu.nll_task(variant, arrays, weights, self.ignore_index, [scale]))
 
 
 def _blocks(array: np.ndarray) -> Any:

@@ -38,6 +38,12 @@ def adapter_of(array: Any) -> ModuleType:
     return found
 
 
+def known(array: Any) -> ModuleType | None:
+    """The adapter of a type that was met before and whose arrays can be told apart by a key."""
+    found = _by_type.get(type(array))
+    return found if found is not None and hasattr(found, "key") else None
+
+
 def view(array: Any, name: str, differentiable: bool = False) -> View:
     """An array's memory; errors name the argument."""
     try:

@@ -23,6 +23,7 @@ from .kernels.l1 import L1
 from .kernels.mse import MSE
 from .kernels.pointwise import Pointwise
 from .kernels.smooth_l1 import SMOOTH_L1
+from .plans import Plans
 from .pointwise import PointwiseCall
 
 P = ParamSpec("P")
@@ -34,10 +35,20 @@ class Loss(Generic[P]):
 
     def __init__(self, call: Callable[P, Call]) -> None:
         self.call = call
+        self._plans = Plans()
         update_wrapper(self, call)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array:
-        return self.call(*args, **kwargs).evaluate()
+        key = self._plans.key(args, kwargs)
+        if key is not None:
+            result = self._plans.run(key, args)
+            if result is not None:
+                return result
+        call = self.call(*args, **kwargs)
+        result = call.evaluate()
+        if key is not None:
+            self._plans.keep(key, call.plan())
+        return result
 
     def __repr__(self) -> str:
         return f"<loss fastloss.{self.call.__name__}>"

@@ -98,7 +98,7 @@ class PointwiseCall(Call):
 
     def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
         none = self.reduction == "none"
-        factor = 1.0 if none else upstream * self.scale(self._weight_sum(), self._size(), self._rows())
+        factor = 1.0 if none else upstream * self.scale(self._weight_sum(), self.samples, self.rows)
         if self.loss.valid and (self.out is not None or any(grad.given is not None for grad in grads.values())):
             self._launch(None, {})
         # where an argument was broadcast, its gradient is the sum over what it was broadcast to
@@ -114,15 +114,17 @@ class PointwiseCall(Call):
                 grad.data[...] = _unbroadcast(sinks[name].data, grad.data.shape, grad.dtype)
         return sums
 
-    def _size(self) -> int:
+    @property
+    def samples(self) -> int:
         return math.prod(self.shape)
 
-    def _rows(self) -> int:
+    @property
+    def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
     def _weight_sum(self) -> float:
         if self.w is None or not self.weighted_mean:
-            return float(self._size())
+            return float(self.samples)
         return float(np.broadcast_to(as_floats(self.w), self.shape).sum(dtype=np.float64))
 
     def _launch(
@@ -145,17 +147,22 @@ class PointwiseCall(Call):
         if upstream is not None:
             sources.append(upstream)
         sinks = [view.data for view in (losses, grad, grad_target) if view]
-        raw = cpu.run_pointwise(variant, sources, sinks, [scale, *self.parameters])
+        self.task = cpu.pointwise_task(variant, sources, sinks, [scale, *self.parameters])
+        raw = self.task.run() if self.task else [0.0] * len(SUMS)
         if raw[SUMS.index("invalid")]:
             self._raise_invalid()
         if self.w is None:
-            raw[SUMS.index("weight")] = self._size()
-        return Sums(raw, samples=self._size(), rows=self._rows())
+            raw[SUMS.index("weight")] = self.samples
+        return Sums(raw, self.samples, self.rows)
+
+    def plannable(self) -> tuple[int, int] | None:
+        alone = self.w is None and not self.loss.operands and self.x.shape == self.y.shape
+        return (0, 1) if alone else None
 
     def _raise_invalid(self) -> None:
         """Find and name the first element outside the domain, which the kernel only noticed."""
-        for start in range(0, self._size(), _SCAN):
-            places = np.unravel_index(np.arange(start, min(start + _SCAN, self._size())), self.shape)
+        for start in range(0, self.samples, _SCAN):
+            places = np.unravel_index(np.arange(start, min(start + _SCAN, self.samples)), self.shape)
             for name, view in (("input", self.x), ("target", self.y)):
                 numbers = as_floats(View(view.data[places], view.dtype))
                 bad = ~((numbers >= 0) & (numbers <= 1))

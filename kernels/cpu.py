@@ -4,7 +4,7 @@ A kernel sees contiguous, native memory only. What is laid out otherwise (stride
 through scratch that stays in the first-level cache. The chunks and the order in which their sums are added do not
 depend on the number of threads, so neither does any bit of the result.
 
-A task is a block of 64-bit integers (`Header`, the shape, a record for each array). Its driver, a C function of
+A task is a block of 64-bit integers (see `records`). Its driver, a C function of
 (block, chunk), stages a chunk and calls the kernel; `run_serial` and `run_parallel` call a driver for every chunk.
 All of it is written on integers and addresses, which Numba compiles in a fraction of the time that arrays take.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -23,38 +23,30 @@ from numba.extending import intrinsic
 
 from .records import (
     ADDRESS,
+    ALIGNMENT,
+    BODY,
     CLASS_STEP,
     DIRECT,
+    FUNCTION,
     GRAD,
     INDEX,
     ITEMSIZE,
     LOSSES,
+    N_ARRAYS,
+    N_SOURCES,
+    NDIM,
+    PARAMETERS,
+    PER_CHUNK,
     PROBABILITIES,
     STRIDES,
+    SUMS,
     SWAP,
+    TEMPLATE,
+    TOTAL,
     UPSTREAM,
 )
 from .softmax import ARRAYS
 from .values import I8, I16, I32, I64, SIZE, Value, loop, when
-
-
-class Header(NamedTuple):
-    """The first fields of a task's block; the shape and the records follow."""
-
-    function: int  # address of the kernel
-    total: int  # elements or samples
-    per_chunk: int
-    ndim: int
-    n_arrays: int
-    n_sources: int  # how many of them are read; the rest are written
-    alignment: int  # bytes that the vectors of a streamed result are aligned to, or 0
-    parameters: int  # addresses: float64 parameters, rows of sums,
-    sums: int
-    arrays: int  # and what every chunk of a row loss passes to its kernel, the slots of its own arrays empty
-
-
-FUNCTION, TOTAL, PER_CHUNK, NDIM, N_ARRAYS, N_SOURCES, ALIGNMENT, PARAMETERS, SUMS, TEMPLATE = range(10)
-BODY = len(Header._fields)
 
 FIRST_STEP = ARRAYS.index("logits_step")
 TO_INDEX, TO_UPSTREAM, TO_LOSSES = ARRAYS.index("index"), ARRAYS.index("upstream"), ARRAYS.index("losses")

@@ -137,7 +137,9 @@ class _Kernel:
             q = q * self.p["keep"] + self.p["share"]
         return q if weight is None else q * weight.to(F64)
 
-    def accumulate(self, sums: ClassSums, z: Value, origin: Value, probability: Value | None, weight: Value | None) -> ClassSums:
+    def accumulate(
+        self, sums: ClassSums, z: Value, origin: Value, probability: Value | None, weight: Value | None
+    ) -> ClassSums:
         """Add a class's part to mass and dot, where the loss needs them."""
         if probability is not None:
             mass = self.mass_of(probability, weight)

@@ -5,6 +5,11 @@ An adapter is a module with two functions::
     view(array, differentiable=False) -> View     # no copy; raises TypeError for what cannot be read
     wrap(data, dtype, like) -> array              # NumPy memory as an array of the library `like` belongs to
 
+and, where calls on small arrays should be fast, two more::
+
+    key(array) -> Hashable | None                 # all that tells how to read it, but its address; None: look again
+    address(array) -> int                         # of its first element
+
 `differentiable` says that a gradient was asked for, so an array that records gradients may be read.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,16 @@ def view(array: Any, differentiable: bool = False) -> View:
         array = np.asarray(array)
     name = _name(array.dtype)
     return View(array.view(np.uint16) if name == "bfloat16" else array, name)
+
+
+def key(array: Any) -> Hashable | None:
+    if type(array) is not np.ndarray:
+        return None
+    return np, array.dtype, array.shape, array.strides
+
+
+def address(array: Any) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 @cache

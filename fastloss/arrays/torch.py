@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -30,3 +31,15 @@ def view(array: Any, differentiable: bool = False) -> View:
 def wrap(data: np.ndarray, dtype: str, like: Any) -> Any:
     tensor = torch.from_numpy(data)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def key(array: Any) -> Hashable | None:
+    if type(array) is not torch.Tensor or array.requires_grad or array.is_neg():
+        return None
+    if not array.is_cpu or array.layout is not torch.strided:
+        return None
+    return torch, array.dtype, array.shape, array.stride()
+
+
+def address(array: Any) -> int:
+    return int(array.data_ptr())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 
 from .. import runtime
 from ..kernels import compiler
+from ..kernels.compiler import Variant
 from ..kernels.exact import add_rows
 from ..kernels.nll import NLLVariant
 from ..kernels.pointwise import SUMS, PointwiseVariant
-from ..kernels.records import CLASS_STEP, DIRECT, GRAD, LOGITS, N_CLASSY
+from ..kernels.records import CLASS_STEP, DIRECT, GRAD, LOGITS, N_CLASSY, Header
+from ..kernels.records import SUMS as SUMS_FIELD
 from ..kernels.softmax import ARRAYS, MIN_ROW, SoftmaxVariant
 from ..kernels.values import LANES
 from .layout import Samples, address, records
@@ -44,59 +47,76 @@ def _add_rows() -> Callable[..., None]:
     return compiler.callable_of(emit, 3, ("add_rows", len(SUMS)))
 
 
-def launch(
-    driver: str,
-    variant: Any,
-    shape: Sequence[int],
-    records: Sequence[Sequence[int]],
-    total: int,
-    per_chunk: int,
-    nbytes: int,
-    parameters: Sequence[float],
-    *,
-    n_sources: int = 0,
-    alignment: int = 0,
-    template: np.ndarray | None = None,
-) -> np.ndarray:
-    """Run a driver over all chunks, on threads where that pays and is safe; gives the sums in `SUMS`' order."""
-    from ..kernels import cpu
+class Task:
+    """A kernel over arrays of one layout: everything but their addresses, which `run` may be given anew."""
 
-    chunks = -(-total // per_chunk)
-    sums = np.zeros((chunks, len(SUMS)))
-    numbers = np.array(parameters, np.float64)
-    header = cpu.Header(
-        function=variant.address,
-        total=total,
-        per_chunk=per_chunk,
-        ndim=len(shape),
-        n_arrays=len(records),
-        n_sources=n_sources,
-        alignment=alignment,
-        parameters=address(numbers),
-        sums=address(sums),
-        arrays=0 if template is None else address(template),
-    )
-    block = np.array([*header, *shape, *(field for record in records for field in record)], np.int64)
-    task = cpu.driver(driver), address(block), chunks
-    if chunks > 1 and nbytes >= PARALLEL_BYTES and runtime.may_run_parallel():
-        with runtime.parallel_region():
-            cpu.runner(True)(*task)
-    else:
-        cpu.runner(False)(*task)
-    if chunks == 1:
-        return sums[0]
-    out = np.empty(len(SUMS))
-    _add_rows()(address(sums), chunks, address(out))
-    return out
+    def __init__(
+        self,
+        driver: str,
+        variant: Variant,
+        shape: Sequence[int],
+        records: Sequence[Sequence[int]],
+        total: int,
+        per_chunk: int,
+        nbytes: int,
+        parameters: Sequence[float],
+        *,
+        n_sources: int = 0,
+        alignment: int = 0,
+        template: Sequence[int] = (),
+    ) -> None:
+        from ..kernels import cpu
+
+        self._numbers = np.array(parameters, np.float64)
+        self._template = np.array(template, np.int64)
+        header = Header(
+            function=variant.address,
+            total=total,
+            per_chunk=per_chunk,
+            ndim=len(shape),
+            n_arrays=len(records),
+            n_sources=n_sources,
+            alignment=alignment,
+            parameters=address(self._numbers),
+            sums=0,
+            arrays=address(self._template),
+        )
+        fields = [*header, *shape, *(field for record in records for field in record)]
+        self._Block = ctypes.c_int64 * len(fields)
+        self._block = bytes(self._Block(*fields))
+        self._first, self._width = len(header) + len(shape), len(records[0])
+        self._chunks = -(-total // per_chunk)
+        self._Sums = ctypes.c_double * (self._chunks * len(SUMS))
+        self._large = self._chunks > 1 and nbytes >= PARALLEL_BYTES
+        self._driver = cpu.driver(driver)
+        self._serial, self._parallel = cpu.runner(False), cpu.runner(True) if self._large else None
+
+    def run(self, addresses: Mapping[int, int] | None = None) -> list[float]:
+        """The sums in `SUMS`' order, on threads where that pays and is safe; `addresses` of arrays by their number."""
+        block = self._Block.from_buffer_copy(self._block)
+        sums = self._Sums()
+        block[SUMS_FIELD] = ctypes.addressof(sums)
+        for k, where in (addresses or {}).items():
+            block[self._first + k * self._width] = where
+        if self._parallel and runtime.may_run_parallel():
+            with runtime.parallel_region():
+                self._parallel(self._driver, ctypes.addressof(block), self._chunks)
+        else:
+            self._serial(self._driver, ctypes.addressof(block), self._chunks)
+        if self._chunks == 1:
+            return list(sums)
+        out = (ctypes.c_double * len(SUMS))()
+        _add_rows()(ctypes.addressof(sums), self._chunks, ctypes.addressof(out))
+        return list(out)
 
 
-def run_pointwise(
+def pointwise_task(
     variant: PointwiseVariant, sources: Sequence[np.ndarray], sinks: Sequence[np.ndarray], parameters: Sequence[float]
-) -> np.ndarray:
-    """Run one kernel over arrays of one shape; gives the sums in `SUMS`' order."""
+) -> Task | None:
+    """One kernel over arrays of one shape, which are numbered in this order; None where there is nothing to do."""
     total = sources[0].size
     if total == 0:
-        return np.zeros(len(SUMS))
+        return None
     arrays = [*sources, *sinks]
     shape, rows = records(arrays)
     alignment = 0
@@ -104,27 +124,25 @@ def run_pointwise(
     if one_gradient and sinks[0].nbytes >= STREAM_BYTES and rows[-1][DIRECT]:
         variant, alignment = variant.streaming, LANES * sinks[0].itemsize
     nbytes = sum(array.itemsize for array in arrays) * total
-    sums = launch(
+    return Task(
         "pointwise", variant, shape, rows, total, CHUNK, nbytes, parameters, n_sources=len(sources), alignment=alignment
     )
-    sums[SUMS.index("count")] = total
-    return sums
 
 
-def run_softmax(
+def softmax_task(
     options: tuple[Any, ...],
     arrays: Sequence[np.ndarray | None],
     weight: np.ndarray | None,
     ignore_index: int,
     parameters: Sequence[float],
-) -> np.ndarray:
-    """Run a row loss over `arrays`: logits, probabilities, their gradients, of shape (N, C, d1, ...); class indices,
+) -> Task | None:
+    """A row loss over `arrays`: logits, probabilities, their gradients, of shape (N, C, d1, ...); class indices,
     upstream gradients, losses, of shape (N, d1, ...); absent ones None. `options` are SoftmaxVariant's fields from
-    `compute` to `grad_target`. Gives the sums in `SUMS`' order."""
+    `compute` to `grad_target`."""
     samples = Samples(arrays)
     logits, grad = arrays[LOGITS], arrays[GRAD]
     if samples.total == 0 or logits is None:
-        return np.zeros(len(SUMS))
+        return None
     classes = logits.shape[1]
     # Short rows, and classes that lie apart, go to lanes along samples, where these fit the cache.
     wide = classes >= MIN_ROW
@@ -134,48 +152,48 @@ def run_softmax(
     stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
     variant = softmax_variant("rows" if rows else "tile", *options, stream)
     template = _template(classes, weight, ignore_index)
-    return _run_samples(variant.layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
+    return _samples_task(variant.layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
 
 
-def run_nll(
+def nll_task(
     variant: NLLVariant,
     arrays: Sequence[np.ndarray | None],
     weight: np.ndarray | None,
     ignore_index: int,
     parameters: Sequence[float],
-) -> np.ndarray:
+) -> Task | None:
     """The same for negative log-likelihood, which touches one logit a sample and never stages the others."""
     logits = arrays[LOGITS]
     arrays = [array if k >= N_CLASSY or array is None else _aligned(array) for k, array in enumerate(arrays)]
     samples = Samples(arrays)
     if samples.total == 0 or logits is None:
-        return np.zeros(len(SUMS))
+        return None
     table = samples.records(rows=True)
     template = _template(logits.shape[1], weight, ignore_index)
     for k, record in enumerate(table[:N_CLASSY]):
         record[DIRECT] = 1
         template[ARRAYS.index("logits_step") + k] = record[CLASS_STEP]
-    return _run_samples("rows", variant, samples, table, MAX_SAMPLES, template, parameters)
+    return _samples_task("rows", variant, samples, table, MAX_SAMPLES, template, parameters)
 
 
-def _template(classes: int, weight: np.ndarray | None, ignore_index: int) -> np.ndarray:
+def _template(classes: int, weight: np.ndarray | None, ignore_index: int) -> list[int]:
     """The slots of `softmax.ARRAYS` that are the same for every chunk."""
     fields = dict.fromkeys(ARRAYS, 0)
     fields |= {"classes": classes, "ignore_index": ignore_index, "weight": 0 if weight is None else address(weight)}
-    return np.array(list(fields.values()), np.int64)
+    return list(fields.values())
 
 
-def _run_samples(
+def _samples_task(
     driver: str,
     variant: SoftmaxVariant | NLLVariant,
     samples: Samples,
     table: Sequence[Sequence[int]],
     per_chunk: int,
-    template: np.ndarray,
+    template: Sequence[int],
     parameters: Sequence[float],
-) -> np.ndarray:
+) -> Task:
     nbytes = sum(array.nbytes for array in samples.arrays if array is not None)
-    return launch(
+    return Task(
         driver, variant, samples.shape, table, samples.total, per_chunk, nbytes, parameters, template=template
     )
 
