@@ -26,7 +26,7 @@ demo: $(VENV)/demo.stamp
 
 # pytest comes last: its closing line is the run's.
 test: lint types $(VENV)/test.stamp
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8
 
 test-slow: $(VENV)/test.stamp
 	$(PY) -m pytest -m slow

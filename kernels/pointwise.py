@@ -72,7 +72,7 @@ class PointwiseVariant(Variant):
     @property
     def key(self) -> tuple[object, ...] | None:
         """What tells this kernel from every other, for the disk cache; None keeps a formula from outside out of it."""
-        if not self.loss.value.__module__.startswith(__package__ + "."):
+        if not (self.loss.value.__module__ or "").startswith(__package__ + "."):
             return None  # nothing would notice that its source has changed
         rest = (self.compute, self.inputs, self.weight, self.upstream, self.losses, self.grad, self.grad_target)
         return ("pointwise", self.loss.name, *rest, self.stream)
