@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("FASTLOSS_TEST_SEED") or secrets.randbits(32))
+os.environ["FASTLOSS_TEST_SEED"] = str(SEED)  # the worker processes of pytest-xdist draw the same
 
 # No deadline: the first call of a kernel compiles it. No database: nothing is left in the checkout.
 settings.register_profile(

@@ -287,7 +287,9 @@ class Unknown:
 
 
 @pytest.mark.parametrize(
-    "thing", [Unknown(), None, "text", {1.0}, {"a": 1.0}, b"ab", iter([1.0]), object, 1j, range(3)], ids=repr
+    "thing",
+    [Unknown(), None, "text", {1.0}, {"a": 1.0}, b"ab", iter([1.0]), object, 1j, range(3)],
+    ids=lambda thing: type(thing).__name__,
 )
 def test_other_types_are_refused_by_name(thing: Any) -> None:
     y = np.zeros(3)
