@@ -137,8 +137,8 @@ class _ClassCall(Call):
         return Sums(raw, self.samples, self.rows)
 
     def plannable(self) -> tuple[int, int] | None:
-        # nll_loss reads copies of arrays that are not native
-        return (LOGITS, INDEX) if self.w is None and self.x.data.dtype.isnative else None
+        own = _native(self.logits) is self.logits  # and no copy
+        return (LOGITS, INDEX) if self.w is None and own else None
 
 
 class SoftmaxCall(_ClassCall):
@@ -306,16 +306,16 @@ class NLLCall(_ClassCall):
         scale = 1.0 if none else upstream * self.scale(total, count, self.rows)
         sums = self._launch(losses, None, 1.0, None)  # reads the logits that an in-place gradient replaces
         grad = grads["input"]
-        in_place = grad.data.dtype.isnative and grad.data.flags.aligned
-        native = grad.data if in_place else np.empty(grad.data.shape, grad.data.dtype.newbyteorder("="))
-        native[...] = 0
+        grad.data[...] = 0
+        native = _native(grad.data)
         self._launch(None, View(native, grad.dtype), scale, upstream if none else None)
-        if not in_place:
+        if native is not grad.data:
             grad.data[...] = native
         return sums
 
     def _launch(self, losses: View | None, grad: View | None, scale: float, upstream: np.ndarray | None) -> Sums:
         weights = self.class_weights("float64")
+        logits = _native(self.logits)
         variant = cpu.nll_variant(
             self.x.dtype,
             weights is not None,
@@ -324,7 +324,7 @@ class NLLCall(_ClassCall):
             grad.dtype if grad else None,
         )
         arrays = [
-            self.logits,
+            logits,
             None,
             self.with_samples(grad.data if grad else None),
             None,
@@ -333,6 +333,11 @@ class NLLCall(_ClassCall):
             self.with_samples(losses.data if losses else None),
         ]
         return self._run(cpu.nll_task(variant, arrays, weights, self.ignore_index, [scale]))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy where it is byte-swapped or misaligned."""
+    return array if array.dtype.isnative and array.flags.aligned else array.astype(array.dtype.newbyteorder("="))
 
 
 def _blocks(array: np.ndarray) -> Any:

@@ -286,10 +286,14 @@ class Unknown:
     """Not an array."""
 
 
+def name_of_type(thing: Any) -> str:
+    return type(thing).__name__
+
+
 @pytest.mark.parametrize(
     "thing",
     [Unknown(), None, "text", {1.0}, {"a": 1.0}, b"ab", iter([1.0]), object, 1j, range(3)],
-    ids=lambda thing: type(thing).__name__,
+    ids=name_of_type,
 )
 def test_other_types_are_refused_by_name(thing: Any) -> None:
     y = np.zeros(3)

@@ -89,7 +89,7 @@ class Task:
         self._Sums = ctypes.c_double * (self._chunks * len(SUMS))
         self._large = self._chunks > 1 and nbytes >= PARALLEL_BYTES
         self._driver = cpu.driver(driver)
-        self._serial, self._parallel = cpu.runner(False), cpu.runner(True) if self._large else None
+        self._runner = cpu.runner
 
     def run(self, addresses: Mapping[int, int] | None = None) -> list[float]:
         """The sums in `SUMS`' order, on threads where that pays and is safe; `addresses` of arrays by their number."""
@@ -98,11 +98,11 @@ class Task:
         block[SUMS_FIELD] = ctypes.addressof(sums)
         for k, where in (addresses or {}).items():
             block[self._first + k * self._width] = where
-        if self._parallel and runtime.may_run_parallel():
+        if self._large and runtime.may_run_parallel():
             with runtime.parallel_region():
-                self._parallel(self._driver, ctypes.addressof(block), self._chunks)
+                self._runner(True)(self._driver, ctypes.addressof(block), self._chunks)
         else:
-            self._serial(self._driver, ctypes.addressof(block), self._chunks)
+            self._runner(False)(self._driver, ctypes.addressof(block), self._chunks)
         if self._chunks == 1:
             return list(sums)
         out = (ctypes.c_double * len(SUMS))()
@@ -162,9 +162,9 @@ def nll_task(
     ignore_index: int,
     parameters: Sequence[float],
 ) -> Task | None:
-    """The same for negative log-likelihood, which touches one logit a sample and never stages the others."""
+    """The same for negative log-likelihood, which touches one logit a sample and never stages the others: logits and
+    gradient must be native and aligned."""
     logits = arrays[LOGITS]
-    arrays = [array if k >= N_CLASSY or array is None else _aligned(array) for k, array in enumerate(arrays)]
     samples = Samples(arrays)
     if samples.total == 0 or logits is None:
         return None
@@ -196,8 +196,3 @@ def _samples_task(
     return Task(
         driver, variant, samples.shape, table, samples.total, per_chunk, nbytes, parameters, template=template
     )
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """The array itself, or a native copy where it is byte-swapped or misaligned."""
-    return array if array.dtype.isnative and array.flags.aligned else array.astype(array.dtype.newbyteorder("="))
