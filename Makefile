@@ -9,13 +9,14 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # One environment, one pip at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types bench docs clean
+.PHONY: help demo test test-slow lint types bench bench-table docs clean
 
 help:
 	@echo "make demo       evaluate scikit-learn models on real data and compare with scikit-learn's metrics"
 	@echo "make test       lint, types, tests and doctests"
 	@echo "make test-slow  the tests that need minutes or many gigabytes"
 	@echo "make bench      benchmarks beside NumPy and torch"
+	@echo "make bench-table  the README's table of figures"
 	@echo "make docs       the API reference as HTML, into docs/html"
 	@echo "make lint       ruff alone        make types    mypy alone"
 	@echo "make clean      remove the environment and everything built"
@@ -39,6 +40,9 @@ types: $(VENV)/lint.stamp
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m pytest benchmarks
+
+bench-table: $(VENV)/bench.stamp
+	$(PY) benchmarks/compare.py
 
 docs: $(VENV)/docs.stamp
 	$(PY) -m pdoc --docformat numpy --output-directory docs/html fastloss

@@ -22,6 +22,7 @@ from fastloss.kernels.compiler import callable_of
 from fastloss.kernels.values import F32, I64, LANES, Value, full, loop
 
 ROUNDS = 11
+SHORTEST = 2e-3  # seconds
 
 
 def _emit_sum(start: Value, n: Value, out: Value) -> None:
@@ -49,19 +50,27 @@ def reader(nbytes: int) -> Call:
     return read
 
 
+def _repeats(call: Call) -> int:
+    """How many calls take `SHORTEST`: one, unless it is a tiny one."""
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, round(SHORTEST / (time.perf_counter() - start)))
+
+
 def medians(calls: dict[str, Call]) -> dict[str, float]:
     """Seconds of each call. Other libraries' threads spin for a while, and the first parallel call after a sleep pays
-    for waking a core: so sleep, one untimed call, one timed one, all contenders in turn."""
+    for waking a core: so sleep, one untimed call, then timed ones for at least `SHORTEST`, all contenders in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    repeats = {name: _repeats(call) for name, call in calls.items()}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             time.sleep(0.02)
             call()
             start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
-from cases import CASES, CONTENDERS, Case
+from cases import CASES, Call, Case
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def built(request: pytest.FixtureRequest) -> Iterator[tuple[Case, dict[str, Any], int]]:
-    case: Case = request.param
-    calls, nbytes = case.build()
-    yield case, calls, nbytes
-    del calls
-    gc.collect()
+@lru_cache(maxsize=1)  # one case's arrays at a time
+def built(case: Case) -> tuple[dict[str, Call], int]:
+    return case.build()
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_loss(benchmark: Any, built: tuple[Case, dict[str, Any], int], contender: str) -> None:
-    case, calls, nbytes = built
-    if contender not in calls:
-        pytest.skip(f"{case.name} has no {contender} contender")
+@pytest.mark.parametrize(
+    ("case", "contender"),
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.contenders],
+)
+def test_loss(benchmark: Any, case: Case, contender: str) -> None:
+    calls, nbytes = built(case)
     benchmark.group = case.name
     benchmark.extra_info["bytes"] = nbytes
     benchmark(calls[contender])
