@@ -31,6 +31,26 @@ class Exact:
         # infinities and NaN are right in the high part and leave nonsense in the low one
         return self.high + self.low if math.isfinite(self.high) and math.isfinite(self.low) else self.high
 
+    def over(self, divisor: float) -> float:
+        """The quotient, of which only the result is rounded: a sum rounded first may leave it 2 ulp off. Division by 0
+        is IEEE 754's."""
+        if divisor == 0:
+            return math.copysign(math.inf, self.high) if self.high and not math.isnan(self.high) else math.nan
+        quotient = self.high / divisor
+        if not (math.isfinite(self.low) and 1e-150 < abs(quotient) < 1e150):  # or the halves below leave the range
+            return float(self) / divisor
+        a, b = _halves(quotient), _halves(divisor)
+        product = quotient * divisor
+        error = ((a[0] * b[0] - product) + a[0] * b[1] + a[1] * b[0]) + a[1] * b[1]  # Dekker's exact product
+        return quotient + ((self.high - product) - error + self.low) / divisor
+
+
+def _halves(x: float) -> tuple[float, float]:
+    """x as two numbers of 26 bits (Veltkamp)."""
+    scaled = x * 134217729.0
+    upper = scaled - (scaled - x)
+    return upper, x - upper
+
 
 class Sums:
     """What any reduction of a loss is made of: sums of losses, of weights, and counts."""
@@ -60,22 +80,15 @@ class Sums:
         if reduction == "sum":
             return float(_sum(self.loss, self.z))
         if reduction == "batchmean":
-            return _divide(float(self.loss), self.rows)
-        loss = _divide(float(self.loss), float(self.weight) if weighted_mean else self.count)
-        return loss if not self.z.high else loss + _divide(float(self.z), self.count)
+            return self.loss.over(self.rows)
+        loss = self.loss.over(float(self.weight) if weighted_mean else self.count)
+        return loss if not self.z.high else loss + self.z.over(self.count)
 
 
 def _sum(a: Exact, b: Exact) -> Exact:
     total = Exact(a.high, a.low)
     total += b
     return total
-
-
-def _divide(a: float, b: float) -> float:
-    """a / b as IEEE 754 has it."""
-    if b == 0:
-        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a)
-    return a / b
 
 
 def rounded(value: float, dtype: str) -> np.ndarray:

@@ -60,9 +60,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def may_run_parallel() -> bool:
-    """False in the child of a process whose OpenMP or workqueue threads were running: they did not survive the fork
-    (OpenMP kills the child, workqueue waits for ever). TBB starts anew."""
-    return _parallel_parent in (None, "tbb") and get_num_threads() > 1
+    """False in the forked child of a process whose threads were running: they did not survive the fork. OpenMP then
+    kills the child, workqueue waits for ever, and so does TBB where another thread was inside a kernel."""
+    return _parallel_parent is None and get_num_threads() > 1
 
 
 @contextlib.contextmanager
@@ -89,10 +89,11 @@ def versions() -> dict[str, str]:
     """What a bug report needs: versions, CPU, threads and cache."""
     import llvmlite.binding as llvm
 
+    from . import __version__
     from .kernels import compiler
 
-    facts = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in ("fastloss", "numpy", "numba", "llvmlite", "tbb", "torch", "jax", "cupy", "dask", "numba-cuda"):
+    facts = {"fastloss": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
+    for package in ("numpy", "numba", "llvmlite", "tbb", "torch", "jax", "cupy", "dask", "numba-cuda"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -110,7 +111,7 @@ def show_versions() -> None:
 
     >>> import fastloss
     >>> fastloss.show_versions()  # doctest: +ELLIPSIS
-    python ...
+    fastloss ...
     """
     facts = versions()
     width = max(map(len, facts))
