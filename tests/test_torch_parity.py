@@ -159,13 +159,17 @@ def test_differs_in_the_gradient_of_ignored_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_differs_in_half_precision_sums(dtype: str, rng: Rng) -> None:
+def test_differs_in_half_precision_sums(dtype: str) -> None:
     """65,536 rows of 64 classes: torch adds in the dtype: 1% off in bfloat16, nan in float16."""
-    x = rng.standard_normal((65_536, 64)).astype(DTYPES[dtype])
+    # one draw, one thread: torch's error depends on both, and is small for some by chance
+    x = np.random.default_rng(3).standard_normal((65_536, 64)).astype(DTYPES[dtype])
     y = np.arange(65_536) % 64
     truth = float(BY_ID["cross_entropy"].oracle(x, y).value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     theirs = float(F.cross_entropy(tensor(x), tensor(y)))
-    assert not abs(theirs - truth) <= 0.004 * truth
+    torch.set_num_threads(threads)
+    assert not abs(theirs - truth) <= 0.01 * truth
     ours = fastloss.cross_entropy(tensor(x), tensor(y))
     assert str(ours.dtype) == f"torch.{dtype}"
     # Half an ulp of 4 <= loss < 8: 2**-6 of bfloat16's 8 bits, 2**-9 of float16's 11.
