@@ -101,6 +101,7 @@ CASES = [
     cross_entropy((1 << 21, 5)),
     cross_entropy((1 << 20, 10)),
     cross_entropy((799_000, 21)),
+    cross_entropy((524_288, 32)),
     cross_entropy((262_144, 64)),
     cross_entropy((167_000, 100)),
     cross_entropy((16, 21, 256, 256)),

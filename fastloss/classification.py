@@ -255,7 +255,8 @@ class SoftmaxCall(_ClassCall):
             self.with_samples(upstream),
             self.with_samples(losses.data if losses else None),
         ]
-        total_weight = self.classes if weights is None else float(self.class_weights("float64").sum())  # type: ignore[union-attr]
+        exact = self.class_weights("float64")
+        total_weight = float(self.classes if exact is None else exact.sum())
         keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
         parameters = [scale, scale_z, keep, share, total_weight, self.lse_square_scale, self.softcap or 0.0]
         return self._run(cpu.softmax_task(options, arrays, weights, self.ignore_index, parameters))

@@ -47,9 +47,10 @@ def known(array: Any) -> ModuleType | None:
 def view(array: Any, name: str, differentiable: bool = False) -> View:
     """An array's memory; errors name the argument."""
     try:
-        return adapter_of(array).view(array, differentiable)  # type: ignore[no-any-return]
+        found: View = adapter_of(array).view(array, differentiable)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
+    return found
 
 
 def _search(array: Any) -> str:
