@@ -164,5 +164,5 @@ def writable(view: View, name: str, shape: Shape, dtype: str) -> None:
         raise ValueError(f"{name} has shape {view.shape}, expected {shape}")
     if view.dtype != dtype:
         raise TypeError(f"{name} has dtype {view.dtype}, expected {dtype}")
-    if not view.data.flags.writeable:
+    if not view.writable:
         raise ValueError(f"{name} is read-only")

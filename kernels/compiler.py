@@ -84,7 +84,7 @@ def assembly(emit: Emit, arity: int, triple: str | None = None, cpu: str | None 
 def fingerprint() -> str:
     """What compiled code depends on besides its own options: our sources, LLVM, Python's IR printer, the CPU."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for fact in (llvmlite.__version__, llvm.llvm_version_info, llvm.get_host_cpu_name(), sys.byteorder):
         digest.update(repr(fact).encode())
@@ -127,21 +127,27 @@ def _write(path: Path, code: bytes) -> None:
             raise
 
 
-def compile_function(emit: Emit, arity: int, key: object) -> int:
-    """Address of the C function `void f(int64_t, ...)` that `emit` writes.
+def cached(key: object, make: Callable[[], bytes]) -> bytes:
+    """Machine code from the disk cache, or made and kept there.
 
-    `key` must tell everything that `emit` depends on (its repr is hashed with the sources of this package), since a
-    hit in the disk cache skips emitting altogether. None: no disk cache.
+    `key` must tell everything that the code depends on (its repr is hashed with the sources of this package), since a
+    hit skips `make` altogether. None: no disk cache.
     """
+    if key is None:
+        return make()
+    path = cache_directory() / (hashlib.sha256(f"{fingerprint()}{key!r}".encode()).hexdigest() + ".o")
+    code = _read(path)
+    if code is None:
+        code = make()
+        _write(path, code)
+    return code
+
+
+def compile_function(emit: Emit, arity: int, key: object) -> int:
+    """Address of the C function `void f(int64_t, ...)` that `emit` writes; `key` as in `cached`."""
     with _lock:
-        name = hashlib.sha256(f"{fingerprint()}{key!r}".encode()).hexdigest()
-        path = cache_directory() / f"{name}.o"
         target = machine()
-        code = None if key is None else _read(path)
-        if code is None:
-            code = target.emit_object(optimised(module_of(emit, arity), target))
-            if key is not None:
-                _write(path, code)
+        code = cached(key, lambda: target.emit_object(optimised(module_of(emit, arity), target)))
         empty = llvm.parse_assembly("")
         engine = llvm.create_mcjit_compiler(empty, target)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))

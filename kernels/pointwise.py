@@ -33,7 +33,7 @@ def sign(d: Value) -> Value:
 
 def wide(x: Value) -> Value:
     """x as float64: products and sums of a float32 logarithm with exact factors then add no error of their own."""
-    return x.to(F64) if isinstance(x, Value) else x  # type: ignore[redundant-expr]  # formulas run on arrays too
+    return x.wide() if isinstance(x, Value) else x  # type: ignore[redundant-expr]  # formulas run on arrays too
 
 
 @dataclass(frozen=True, eq=False)

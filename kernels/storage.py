@@ -24,7 +24,11 @@ def itemsize(storage: str) -> int:
 
 def load(address: Value, storage: str, compute: ir.Type, lanes: int = 1) -> Value:
     """`lanes` elements at `address` as numbers of the compute type, exactly where it is at least as wide."""
-    raw = address.load(MEMORY[storage], lanes)
+    return widened(address.load(MEMORY[storage], lanes), storage, compute)
+
+
+def widened(raw: Value, storage: str, compute: ir.Type) -> Value:
+    """What was read from memory as numbers of the compute type."""
     if storage == "bfloat16":  # the upper half of a float32
         raw = (raw.zext(I32) << 16).bits(F32)
     elif storage == "float16":  # by way of float32: the one conversion that CPUs have
@@ -34,14 +38,17 @@ def load(address: Value, storage: str, compute: ir.Type, lanes: int = 1) -> Valu
 
 def store(address: Value, value: Value, storage: str, stream: bool = False) -> None:
     """Write floats, rounded to nearest even; `stream` as in `Value.store`."""
+    address.store(narrowed(value, storage), stream)
+
+
+def narrowed(value: Value, storage: str) -> Value:
+    """Floats as they lie in memory."""
     if storage == "bfloat16":
         value = value.to(F32)
         bits = value.bits(I32)
         odd = (bits >> 16) & 1
         # a NaN must not round up to infinity: keep its sign and upper bits, and make it quiet
-        rounded = value.isnan().select((bits >> 16) | 0x40, (bits + odd + 0x7FFF) >> 16).trunc(I16)
-    elif storage == "float16":  # LLVM has no single instruction from float64 to float16
-        rounded = value.to(F32).to(F16)
-    else:
-        rounded = value.to(MEMORY[storage])
-    address.store(rounded, stream)
+        return value.isnan().select((bits >> 16) | 0x40, (bits + odd + 0x7FFF) >> 16).trunc(I16)
+    if storage == "float16":  # LLVM has no single instruction from float64 to float16
+        return value.to(F32).to(F16)
+    return value.to(MEMORY[storage])

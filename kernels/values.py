@@ -63,7 +63,7 @@ class Value:
         return self.elem in INT_OF
 
     def _new(self, v: Any) -> Value:
-        return Value(self.b, v)
+        return type(self)(self.b, v)
 
     def lift(self, other: Number) -> Value:
         """`other` as a value of my type: a Python number, a scalar to splat, or already one."""
@@ -182,6 +182,10 @@ class Value:
         widen = SIZE[elem] > SIZE[self.elem]
         return self._new((self.b.fpext if widen else self.b.fptrunc)(self.v, self.like(elem)))
 
+    def wide(self) -> Value:
+        """In the type that a target has for what float32 would round too early."""
+        return self.to(F64)
+
     # lanes
     def lane(self, k: int) -> Value:
         return self._new(self.b.extract_element(self.v, ir.Constant(I32, k))) if self.lanes > 1 else self
@@ -265,13 +269,13 @@ def loop(
     following = b.add(i, ir.Constant(I64, step))
     b.cbranch(b.icmp_signed("<=", following, stop.v), inside, after)
     b.position_at_end(inside)
-    new = body(Value(b, i), *(Value(b, phi) for phi in phis)) or []
+    new = body(stop._new(i), *(value._new(phi) for value, phi in zip(state, phis, strict=True))) or []
     i.add_incoming(following, b.block)
     for phi, value in zip(phis, new, strict=True):
         phi.add_incoming(value.v, b.block)
     b.branch(head)
     b.position_at_end(after)
-    return Value(b, i), [Value(b, phi) for phi in phis]
+    return stop._new(i), [value._new(phi) for value, phi in zip(state, phis, strict=True)]
 
 
 def when(
@@ -295,5 +299,5 @@ def when(
         phi = b.phi(a.type)
         phi.add_incoming(a.v, arms[0][1])
         phi.add_incoming(c.v, arms[1][1])
-        out.append(Value(b, phi))
+        out.append(condition._new(phi))
     return out

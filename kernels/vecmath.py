@@ -128,7 +128,7 @@ def horner(x: Value, coefficients: Sequence[float]) -> Value:
 
 def _shift_right(x: Value, bits: int) -> Value:
     """Zeros come in from the left: AVX2 has no other right shift of 64-bit integers."""
-    return Value(x.b, x.b.lshr(x.v, x.lift(bits).v))
+    return x._new(x.b.lshr(x.v, x.lift(bits).v))
 
 
 def _power_of_2(n: Value) -> Value:
