@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,8 +107,9 @@ def emitted(function: Callable[..., Any]) -> Any:
 
 def _simulated(function: Callable[..., Any]) -> Callable[..., Any]:
     def lanes_in(argument: Any) -> Any:
-        floats = isinstance(argument, tuple) and argument and isinstance(argument[0], np.floating)
-        return np.array(argument) if floats else argument
+        if not isinstance(argument, tuple) or not argument:
+            return argument
+        return np.array(argument) if isinstance(argument[0], np.floating) else tuple(map(lanes_in, argument))
 
     def plain(result: Any) -> Any:
         if isinstance(result, np.ndarray):
@@ -131,7 +131,8 @@ def _intrinsic(function: Callable[..., Any]) -> Any:
     def value_in(builder: ir.IRBuilder, kind: Any, argument: Any) -> Any:
         if isinstance(kind, types.BaseTuple):
             parts = [value_in(builder, part, builder.extract_value(argument, k)) for k, part in enumerate(kind)]
-            return Lanes(parts) if parts and parts[0].is_float else tuple(parts)
+            floats = bool(parts) and isinstance(parts[0], Value) and parts[0].is_float
+            return Lanes(parts) if floats else tuple(parts)
         value = DeviceValue(builder, argument)
         if value.is_float or value.type in (I1, I64):
             return value
@@ -438,9 +439,11 @@ def _store_simulated(address: int, lanes: Any, storage: str) -> None:
 
 
 class _Simulator:
-    """`numba.cuda` as the kernel that runs sees it, whichever module a function of it stands in."""
+    """`numba.cuda` as the thread that runs sees it, whichever module a function of the kernel stands in."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("threadIdx", "blockIdx"):
+            return getattr(_current(), name)
         from numba.cuda.simulator.kernel import _get_kernel_context
 
         return getattr(_get_kernel_context(), name)
@@ -449,10 +452,17 @@ class _Simulator:
 cuda: Any = _Simulator() if SIMULATED else _cuda
 
 
+def _current() -> Any:
+    """The simulator's thread that runs."""
+    from .simulator import current
+
+    return current()
+
+
 def shared(like: Any, name: str, nbytes: int) -> Any:
     """The address of shared memory of this name, aligned to 16 bytes: the same in every function of a kernel."""
     if not isinstance(like, Value):
-        kept = _current()._manager.memory
+        kept = _current().block.memory
         if name not in kept:
             kept[name] = np.full(nbytes + VECTOR_BYTES, 0xFF, np.uint8)
         return -(-kept[name].ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
@@ -463,11 +473,6 @@ def shared(like: Any, name: str, nbytes: int) -> Any:
         place.linkage, place.align = "internal", VECTOR_BYTES
         place.initializer = ir.Constant(type_, ir.Undefined)
     return _SharedAddress(like.b, like.b.ptrtoint(module.globals[name], I64))
-
-
-def _current() -> Any:
-    """The simulator's thread that runs."""
-    return threading.current_thread()
 
 
 def _register(like: Any, name: str, simulated: str) -> Int:
@@ -495,7 +500,7 @@ def block_count(like: Any) -> Int:
 def barrier(like: Any) -> None:
     """Waits for all threads of the block."""
     if not isinstance(like, Value):
-        _current().syncthreads()
+        _current().wait("block")
         return
     like.b.call(declare(like.b.module, "llvm.nvvm.barrier0", ir.FunctionType(ir.VoidType(), [])), [])
 
