@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks, dispatch
+from . import checks, dispatch, runtime
 from .arrays import View
 from .backends.cpu import Task
+from .backends.layout import as_floats
 from .kernels.storage import FLOATS
 from .plans import Plan
 from .reductions import Sums, rounded
+
+if TYPE_CHECKING:
+    from .backends.cuda.run import Run
 
 Shape = tuple[int, ...]
 
@@ -25,6 +30,7 @@ class Call(ABC):
     weighted_mean: bool  # whether a mean divides by the sum of weights instead of the count
     dtype: str | None  # of the result, where the caller asked for one
     out: Any
+    check: bool | None  # whether arrays on a GPU are looked at, and waited for, before anything is written
     task: Task | None  # the kernel that ran last
     like: Any  # the array whose library results belong to
 
@@ -49,8 +55,17 @@ class Call(ABC):
 
     @property
     @abstractmethod
+    def named_sources(self) -> dict[str, View]:
+        """Everything that is read, by the names of the arguments."""
+
+    @property
     def sources(self) -> list[View]:
         """Everything that is read."""
+        return list(self.named_sources.values())
+
+    @abstractmethod
+    def on_gpu(self, device: int) -> Run[Any]:
+        """How this call runs on a GPU."""
 
     @property
     @abstractmethod
@@ -83,6 +98,8 @@ class Call(ABC):
     def evaluate(self) -> Any:
         """The loss."""
         self.prepare(differentiable=False)
+        if run := self.gpu_run():
+            return run.evaluate()
         result = self.result()
         if self.reduction == "none":
             self.run(View(result.data, result.dtype), careful=self.out is not None)
@@ -94,6 +111,8 @@ class Call(ABC):
     def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """The loss and its gradients by the arguments `names`, in one pass where the kernel can."""
         self.prepare(differentiable=True)
+        if run := self.gpu_run():
+            return run.value_and_grad(names, grad_output, grad_outs)
         result = self.result()
         upstream = self._upstream(grad_output)
         grads = [self.gradient(name, out) for name, out in zip(names, grad_outs, strict=True)]
@@ -107,6 +126,8 @@ class Call(ABC):
     def accumulate(self, per_sample: np.ndarray | None) -> Sums:
         """The sums of this call's samples; their losses go into `per_sample` where it is given."""
         self.prepare(differentiable=False)
+        if run := self.gpu_run():
+            return Sums(run.accumulate(per_sample), self.samples, self.rows)
         if per_sample is None:
             return self.run(None, careful=False)
         dtype = dispatch.view(per_sample, "per_sample").dtype
@@ -117,10 +138,23 @@ class Call(ABC):
         result.finish()
         return sums
 
+    def gpu_run(self) -> Run[Any] | None:
+        """How this call runs where its arrays are on a GPU; None where they are in the CPU's memory."""
+        device = dispatch.one_device(self.named_sources)
+        if device is None:
+            return None
+        runtime.require_cuda()
+        return self.on_gpu(device)
+
+    @property
+    def checked(self) -> bool:
+        """Whether invalid elements on a GPU are an error, for which the call waits."""
+        return os.environ.get("FASTLOSS_CHECK", "") not in ("", "0") if self.check is None else self.check
+
     def plan(self) -> Plan | None:
         """How this call was run, for the next one like it; None where more than input and target matters."""
-        numbers = self.plannable()
-        if numbers is None or self.reduction == "none" or self.out is not None or self.task is None:
+        numbers = self.plannable() if self.task else None
+        if self.task is None or numbers is None or self.reduction == "none" or self.out is not None:
             return None
         wrap = dispatch.adapter_of(self.like).wrap
         dtype = self.dtype or self.result_dtype
@@ -133,11 +167,15 @@ class Call(ABC):
 
     def gradient(self, name: str, out: Any) -> Result:
         """Memory for the gradient of one argument, which has that argument's shape and dtype."""
+        view, like, dtype = self.gradient_of(name)
+        return self._result("grad_out", out, view.shape, dtype, view.data, like)
+
+    def gradient_of(self, name: str) -> tuple[View, Any, str]:
+        """An argument that has a gradient, as a view and as given, and the gradient's dtype."""
         if name not in self.differentiable:
             raise ValueError(f"this loss has no gradient for {name}, only for {', '.join(self.differentiable)}")
         view, like = self.differentiable[name]
-        dtype = view.dtype if view.dtype in FLOATS else self.result_dtype
-        return self._result("grad_out", out, view.shape, dtype, view.data, like)
+        return view, like, view.dtype if view.dtype in FLOATS else self.result_dtype
 
     def scale(self, weight_sum: float, count: int, rows: int) -> float:
         """What the sum of losses is multiplied by under this reduction."""
@@ -149,6 +187,7 @@ class Call(ABC):
         if grad_output is None:
             return None if self.reduction == "none" else 1.0
         view = dispatch.view(grad_output, "grad_output", differentiable=True)
+        dispatch.one_device({"input": self.sources[0], "grad_output": view})
         checks.numeric(view, "grad_output")
         if self.reduction == "none":
             checks.same_shape(view, "grad_output", self.losses_shape, "the losses")
@@ -162,6 +201,7 @@ class Call(ABC):
             return Result(empty_like(layout, shape, dtype), dtype, None, like)
         view = dispatch.view(given, name, differentiable=True)
         checks.writable(view, name, shape, dtype)
+        dispatch.one_device({"input": self.sources[0], name: view})
         # An element's result may replace the element itself; any other overlap needs memory of its own.
         clash = any(np.may_share_memory(view.data, s.data) and not same_memory(view.data, s.data) for s in self.sources)
         return Result(empty_like(view.data, shape, dtype) if clash else view.data, dtype, view.data, given)
@@ -202,10 +242,3 @@ def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
         and a.shape == b.shape
         and a.itemsize == b.itemsize
     )
-
-
-def as_floats(view: View) -> np.ndarray:
-    """The numbers of a view as a NumPy array that can be computed with."""
-    if view.dtype != "bfloat16":
-        return view.data
-    return (view.data.astype(np.uint32) << 16).view(np.float32)

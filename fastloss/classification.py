@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks, dispatch
 from .arrays import View
 from .backends import cpu
-from .call import Call, Result, Shape, as_floats
+from .backends.layout import as_floats
+from .call import Call, Result, Shape
 from .kernels.pointwise import SUMS
 from .kernels.records import INDEX, LOGITS, PROBABILITIES
 from .kernels.storage import INTEGERS
 from .reductions import Sums, to_memory
+
+if TYPE_CHECKING:
+    from .backends.cuda.classification import NLLRun, SoftmaxRun
 
 _BLOCK = 1 << 20  # elements that NumPy looks at together
 
@@ -25,10 +29,22 @@ class _ClassCall(Call):
     """What both losses share: classes along axis 1, indices, class weights, ignored samples."""
 
     _alternative = ""  # to class indices, for messages
+    by_probability = False  # whether the target holds class probabilities
+    weighted_mean = True
 
     def __init__(
-        self, input: Any, target: Any, reduction: str, *, weight: Any, ignore_index: int, dtype: Any, out: Any
+        self,
+        input: Any,
+        target: Any,
+        reduction: str,
+        *,
+        weight: Any,
+        ignore_index: int,
+        dtype: Any,
+        out: Any,
+        check: bool | None,
     ) -> None:
+        self.task, self.check = None, check
         self.input, self.target, self.weight = input, target, weight
         self.reduction, self.out, self.like = reduction, out, input
         self.dtype = None if dtype is None else checks.dtype_name(dtype)
@@ -51,8 +67,8 @@ class _ClassCall(Call):
             self.w = dispatch.view(self.weight, "weight", differentiable)
             checks.numeric(self.w, "weight")
             checks.same_shape(self.w, "weight", (self.classes,), f"the {self.classes} classes of input")
-        # a row loss over (C) is one over (1, C)
-        self.logits = self.x.data[None] if axis == 0 else self.x.data
+        if self.x.device is None:  # a row loss over (C) is one over (1, C)
+            self.logits = self.x.data[None] if axis == 0 else self.x.data
         self._check_target()
         if self.classes == 0 and 0 not in self._losses_shape:
             raise ValueError(f"input has shape {self.x.shape}: there are samples, but no classes")
@@ -81,8 +97,8 @@ class _ClassCall(Call):
         return self.t.data
 
     @property
-    def sources(self) -> list[View]:
-        return [self.x, self.t, *([self.w] if self.w else [])]
+    def named_sources(self) -> dict[str, View]:
+        return {"input": self.x, "target": self.t} | ({"weight": self.w} if self.w else {})
 
     @property
     def index(self) -> np.ndarray:
@@ -100,6 +116,12 @@ class _ClassCall(Call):
     def class_weights(self, dtype: str) -> np.ndarray | None:
         """Class weights as one piece of memory of the compute type."""
         return None if self.w is None else np.ascontiguousarray(as_floats(self.w), dtype)
+
+    def raise_invalid(self, target: View) -> None:
+        """The error about the first index that is no class, of a target copied to the CPU's memory."""
+        other = copy.copy(self)
+        other.t, other.w = target, None
+        other.check_indices()
 
     def check_indices(self) -> tuple[float, int]:
         """Sum of weights and number of the samples that count; IndexError where an index is no class."""
@@ -127,7 +149,7 @@ class _ClassCall(Call):
 
     @property
     def rows(self) -> int:
-        return int(self.logits.shape[0])
+        return self.x.shape[0] if len(self.x.shape) > 1 else 1
 
     def _run(self, task: cpu.Task | None) -> Sums:
         self.task = task
@@ -157,9 +179,16 @@ class SoftmaxCall(_ClassCall):
         softcap: float | None,
         dtype: Any,
         out: Any,
+        check: bool | None,
     ) -> None:
-        super().__init__(input, target, reduction, weight=weight, ignore_index=ignore_index, dtype=dtype, out=out)
+        shared = {"weight": weight, "ignore_index": ignore_index, "dtype": dtype, "out": out, "check": check}
+        super().__init__(input, target, reduction, **shared)
         self.label_smoothing, self.lse_square_scale, self.softcap = label_smoothing, lse_square_scale, softcap
+
+    def on_gpu(self, device: int) -> SoftmaxRun:
+        from .backends.cuda.classification import SoftmaxRun
+
+        return SoftmaxRun(self, device)
 
     def _check_target(self) -> None:
         self._alternative = f", or class probabilities of the shape of input, {self.x.shape}"
@@ -290,7 +319,10 @@ class SoftmaxCall(_ClassCall):
 class NLLCall(_ClassCall):
     """One call of nll_loss."""
 
-    weighted_mean = True
+    def on_gpu(self, device: int) -> NLLRun:
+        from .backends.cuda.classification import NLLRun
+
+        return NLLRun(self, device)
 
     @property
     def differentiable(self) -> dict[str, tuple[View, Any]]:

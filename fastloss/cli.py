@@ -111,7 +111,7 @@ def _parser() -> Parser:
         help="megabytes in memory at once (64); one row always fits",
     )  # fmt: skip
 
-    command = commands.add_parser("doctor", help="versions, threads, caches: for a bug report")
+    command = commands.add_parser("doctor", help="versions, threads, caches, GPUs: for a bug report")
     command.set_defaults(run=_doctor)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,15 @@ ADAPTERS: dict[str, str] = {
     "numpy": "fastloss.arrays.numpy",
     "ml_dtypes": "fastloss.arrays.numpy",
     "torch": "fastloss.arrays.torch",
+    "cupy": "fastloss.arrays.cupy",
+    "jax": "fastloss.arrays.jax",  # tracers
+    "jaxlib": "fastloss.arrays.jax",  # arrays
+    "numba": "fastloss.arrays.numba_cuda",
+}
+# how arrays of other libraries may be read -> adapter
+PROTOCOLS: dict[str, str] = {
+    "__cuda_array_interface__": "fastloss.arrays.cuda_interface",
+    "__dlpack__": "fastloss.arrays.dlpack",
 }
 _BUILTINS = (bool, int, float, list, tuple)
 _by_type: dict[type, ModuleType] = {}
@@ -53,6 +63,19 @@ def view(array: Any, name: str, differentiable: bool = False) -> View:
     return found
 
 
+def one_device(views: Mapping[str, View]) -> int | None:
+    """The GPU that all arguments are on, None for the CPU, where Python's numbers are too; nothing is ever moved."""
+    devices = {view.device for view in views.values()}
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {_place(view.device)}" for name, view in views.items())
+        raise TypeError(f"arguments on different devices: {places}; move them to one")
+    return devices.pop() if devices else None
+
+
+def _place(device: int | None) -> str:
+    return "the CPU" if device is None else f"GPU {device}"
+
+
 def _search(array: Any) -> str:
     kind = type(array)
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
@@ -65,10 +88,11 @@ def _search(array: Any) -> str:
             return extensions[root]
     if isinstance(array, _BUILTINS):
         return "fastloss.arrays.builtins"
-    if hasattr(array, "__dlpack__"):
-        return "fastloss.arrays.dlpack"
+    for protocol, adapter in PROTOCOLS.items():
+        if hasattr(array, protocol):
+            return adapter
     raise TypeError(
-        f"{kind.__module__}.{kind.__qualname__} is not an array that fastloss reads: it takes NumPy arrays, torch CPU "
-        "tensors, lists of numbers, anything with __dlpack__, and types registered under the entry point "
-        "fastloss.arrays"
+        f"{kind.__module__}.{kind.__qualname__} is not an array that fastloss reads: it takes NumPy, CuPy, JAX and "
+        "Numba device arrays, torch tensors, lists of numbers, anything with __cuda_array_interface__ or __dlpack__, "
+        "and types registered under the entry point fastloss.arrays"
     )

@@ -1,8 +1,9 @@
 """The loss functions: signature, docstring, and the one call that each stands for.
 
-All take torch.nn.functional's arguments in torch's order. Arrays may be NumPy arrays of any layout, torch CPU tensors,
-lists, or anything with `__dlpack__`; the result belongs to the library of `input`, is computed in at least float32,
-summed in float64 and rounded once. A failed call changes nothing.
+All take torch.nn.functional's arguments in torch's order. Arrays may be NumPy arrays of any layout, torch tensors, CuPy,
+JAX and Numba device arrays, lists, or anything with `__dlpack__` or `__cuda_array_interface__`; they are evaluated where
+they are, in the CPU's memory or on a GPU. The result belongs to the library of `input`, is computed in at least float32,
+summed in float64 (on a GPU: in pairs of float32) and rounded once. A failed call changes nothing.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def pointwise_loss(formulas: Pointwise) -> Loss[Any]:
             arguments of the function.
 
     Returns:
-        A function `(input, target, reduction="mean", weight=None, *, dtype=None, out=None, **parameters)` that
-        `value_and_grad` takes too; 'mean' with weight is sum(weight * loss) / sum(weight).
+        A function `(input, target, reduction="mean", weight=None, *, dtype=None, out=None, check=None, **parameters)`
+        that `value_and_grad` takes too; 'mean' with weight is sum(weight * loss) / sum(weight).
 
     >>> import numpy as np, fastloss
     >>> from fastloss.kernels.pointwise import Pointwise
@@ -83,13 +84,14 @@ def pointwise_loss(formulas: Pointwise) -> Loss[Any]:
         *,
         dtype: Any = None,
         out: Array = None,
+        check: bool | None = None,
         **parameters: float,
     ) -> Call:
         if set(parameters) != set(formulas.parameters):
             raise TypeError(f"{formulas.name} takes the parameters {formulas.parameters}, got {tuple(parameters)}")
         reduction = checks.reduction_of(None, None, reduction, REDUCTIONS)
         numbers = [float(parameters[name]) for name in formulas.parameters]
-        options = {"weight": weight, "weighted_mean": True, "dtype": dtype, "out": out}
+        options = {"weight": weight, "weighted_mean": True, "dtype": dtype, "out": out, "check": check}
         return PointwiseCall(formulas, input, target, reduction, parameters=numbers, **options)
 
     call.__name__ = call.__qualname__ = formulas.name
@@ -263,6 +265,7 @@ def binary_cross_entropy(
     *,
     dtype: Any = None,
     out: Array = None,
+    check: bool | None = None,
 ) -> Call:
     """-(target * log(input) + (1 - target) * log(1 - input)), each logarithm at least -100.
 
@@ -274,6 +277,10 @@ def binary_cross_entropy(
         reduction: 'none', 'mean' (divides by the number of elements, weighted or not) or 'sum'.
         dtype: of the result; otherwise the promoted dtype of input and target.
         out: array to write the result into.
+        check: for arrays on a GPU, whether to wait and raise ValueError for a number outside 0 to 1, before anything is written; by
+            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
+            element is NaN, and nothing else is harmed. Arrays in
+            the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of input, in its library.
@@ -291,7 +298,16 @@ def binary_cross_entropy(
     """
     reduction = checks.reduction_of(size_average, reduce, reduction, REDUCTIONS)
     return PointwiseCall(
-        BCE, input, target, reduction, weight=weight, weight_broadcasts=True, broadcasts=False, dtype=dtype, out=out
+        BCE,
+        input,
+        target,
+        reduction,
+        weight=weight,
+        weight_broadcasts=True,
+        broadcasts=False,
+        dtype=dtype,
+        out=out,
+        check=check,
     )
 
 
@@ -403,6 +419,7 @@ def cross_entropy(
     softcap: float | None = None,
     dtype: Any = None,
     out: Array = None,
+    check: bool | None = None,
 ) -> Call:
     """Softmax cross-entropy, weight[t] * (log(sum_c exp(input[c])) - input[t]) for the class t = target.
 
@@ -421,6 +438,10 @@ def cross_entropy(
         softcap: softcap * tanh(input / softcap) replaces input; greater than 0.
         dtype: of the result; otherwise the dtype of input.
         out: array to write the result into.
+        check: for arrays on a GPU, whether to wait and raise IndexError for a class index out of range, before anything is written; by
+            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
+            sample is NaN, and nothing else is harmed. Arrays in
+            the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of the samples, in input's library.
@@ -447,6 +468,7 @@ def cross_entropy(
         softcap=None if softcap is None else checks.option("softcap", softcap, 0, open_low=True),
         dtype=dtype,
         out=out,
+        check=check,
     )
 
 
@@ -462,6 +484,7 @@ def nll_loss(
     *,
     dtype: Any = None,
     out: Array = None,
+    check: bool | None = None,
 ) -> Call:
     """Negative log-likelihood, -weight[t] * input[t] for the class t = target.
 
@@ -475,6 +498,10 @@ def nll_loss(
             there are none; or 'sum'.
         dtype: of the result; otherwise the dtype of input.
         out: array to write the result into.
+        check: for arrays on a GPU, whether to wait and raise IndexError for a class index out of range, before anything is written; by
+            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
+            sample is NaN, and nothing else is harmed. Arrays in
+            the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of the samples, in input's library.
@@ -490,4 +517,6 @@ def nll_loss(
     0.356675
     """
     reduction = checks.reduction_of(size_average, reduce, reduction, REDUCTIONS)
-    return NLLCall(input, target, reduction, weight=weight, ignore_index=ignore_index, dtype=dtype, out=out)
+    return NLLCall(
+        input, target, reduction, weight=weight, ignore_index=ignore_index, dtype=dtype, out=out, check=check
+    )

@@ -104,6 +104,7 @@ class CrossEntropyLoss(_Module):
         lse_square_scale: float = 0.0,
         softcap: float | None = None,
         dtype: Any = None,
+        check: bool | None = None,
     ) -> None:
         super().__init__(
             weight=weight,
@@ -115,6 +116,7 @@ class CrossEntropyLoss(_Module):
             lse_square_scale=lse_square_scale,
             softcap=softcap,
             dtype=dtype,
+            check=check,
         )
 
 
@@ -137,6 +139,7 @@ class NLLLoss(_Module):
         reduction: str = "mean",
         *,
         dtype: Any = None,
+        check: bool | None = None,
     ) -> None:
         super().__init__(
             weight=weight,
@@ -145,6 +148,7 @@ class NLLLoss(_Module):
             reduce=reduce,
             reduction=reduction,
             dtype=dtype,
+            check=check,
         )
 
 
@@ -166,8 +170,16 @@ class BCELoss(_Module):
         reduction: str = "mean",
         *,
         dtype: Any = None,
+        check: bool | None = None,
     ) -> None:
-        super().__init__(weight=weight, size_average=size_average, reduce=reduce, reduction=reduction, dtype=dtype)
+        super().__init__(
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            dtype=dtype,
+            check=check,
+        )
 
 
 class BCEWithLogitsLoss(_Module):

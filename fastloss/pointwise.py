@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks, dispatch
 from .arrays import View
 from .backends import cpu
-from .call import Call, Result, Shape, as_floats
+from .backends.layout import as_floats
+from .call import Call, Result, Shape
 from .kernels.pointwise import SUMS, Pointwise
 from .reductions import Sums, to_memory
+
+if TYPE_CHECKING:
+    from .backends.cuda.pointwise import PointwiseRun
 
 _SCAN = 1 << 20  # elements looked at together for the first invalid one
 
@@ -36,7 +40,9 @@ class PointwiseCall(Call):
         parameters: Sequence[float] = (),
         dtype: Any = None,
         out: Any = None,
+        check: bool | None = None,
     ) -> None:
+        self.task, self.check = None, check
         self.loss, self.input, self.target, self.weight = loss, input, target, weight
         self.operands, self.parameters = operands, parameters
         self.weight_broadcasts, self.broadcasts = weight_broadcasts, broadcasts
@@ -83,8 +89,14 @@ class PointwiseCall(Call):
         return self.x.data
 
     @property
-    def sources(self) -> list[View]:
-        return [*self.inputs, self.w] if self.w else self.inputs
+    def named_sources(self) -> dict[str, View]:
+        named = dict(zip(("input", "target", *self.loss.operands), self.inputs, strict=True))
+        return named | {"weight": self.w} if self.w else named
+
+    def on_gpu(self, device: int) -> PointwiseRun:
+        from .backends.cuda.pointwise import PointwiseRun
+
+        return PointwiseRun(self, device)
 
     @property
     def differentiable(self) -> dict[str, tuple[View, Any]]:
@@ -150,7 +162,7 @@ class PointwiseCall(Call):
         self.task = cpu.pointwise_task(variant, sources, sinks, [scale, *self.parameters])
         raw = self.task.run() if self.task else [0.0] * len(SUMS)
         if raw[SUMS.index("invalid")]:
-            self._raise_invalid()
+            self.raise_invalid(self.x, self.y)
         if self.w is None:
             raw[SUMS.index("weight")] = self.samples
         return Sums(raw, self.samples, self.rows)
@@ -159,11 +171,12 @@ class PointwiseCall(Call):
         alone = self.w is None and not self.loss.operands and self.x.shape == self.y.shape
         return (0, 1) if alone else None
 
-    def _raise_invalid(self) -> None:
-        """Find and name the first element outside the domain, which the kernel only noticed."""
+    def raise_invalid(self, x: View, y: View) -> None:
+        """Find and name the first element outside the domain, which the kernel only noticed; both in the CPU's memory."""
+        x, y = (view._replace(data=np.broadcast_to(view.data, self.shape)) for view in (x, y))
         for start in range(0, self.samples, _SCAN):
             places = np.unravel_index(np.arange(start, min(start + _SCAN, self.samples)), self.shape)
-            for name, view in (("input", self.x), ("target", self.y)):
+            for name, view in (("input", x), ("target", y)):
                 numbers = as_floats(View(view.data[places], view.dtype))
                 bad = ~((numbers >= 0) & (numbers <= 1))
                 if bad.any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+_CUDA_EXTRA = 'pip install "fastloss[cuda12]" or "fastloss[cuda13]", by the CUDA that the driver supports'
 _TBB_LIBRARIES = ("libtbb.so.12", "libtbb.12.dylib", "tbb12.dll")
 _workqueue_lock = threading.Lock()
 _parallel_parent: str | None = None  # the threading layer that a parent had started before it forked us
@@ -85,25 +87,67 @@ def get_num_threads() -> int:
     return int(_numba().get_num_threads())
 
 
+@cache
+def require_cuda() -> None:
+    """Raise an ImportError that says what to install where kernels for GPUs cannot be compiled."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        raise ImportError(f"arrays on a GPU need numba-cuda, which is not installed: {_CUDA_EXTRA}")
+
+
+def _version_of(*distributions: str) -> str | None:
+    """The version of the first that is installed."""
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _gpus() -> dict[str, str]:
+    """The driver and each GPU, or what stands in the way of them; starts CUDA in this process where there is one."""
+    try:
+        from cuda.bindings import driver
+        from cuda.core import Device, system
+    except ImportError:
+        return {"NVIDIA driver": "not looked for without cuda-core"}
+    try:
+        devices = Device.get_all_devices()
+        _, supported = driver.cuDriverGetVersion()
+    except RuntimeError:  # the driver's library is not there
+        return {"NVIDIA driver": "no NVIDIA driver found"}
+    except Exception as error:  # noqa: BLE001 - a report says what fails, it does not fail with it
+        return {"NVIDIA driver": f"does not work: {error}"}
+    number = ""
+    with contextlib.suppress(Exception):  # some containers lack the library that knows it
+        number = ".".join(map(str, system.get_kernel_mode_driver_version())) + ", "
+    facts = {"NVIDIA driver": f"{number}for CUDA up to {supported // 1000}.{supported % 1000 // 10}"}
+    for device in devices:
+        capability = ".".join(map(str, device.compute_capability))
+        facts[f"GPU {device.device_id}"] = f"{device.name}, compute capability {capability}"
+    return facts if devices else facts | {"GPUs": "none"}
+
+
 def versions() -> dict[str, str]:
-    """What a bug report needs: versions, CPU, threads and cache."""
+    """What a bug report needs: versions, CPU, threads, cache and GPUs."""
     import llvmlite.binding as llvm
 
     from . import __version__
     from .kernels import compiler
 
     facts = {"fastloss": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
-    for package in ("numpy", "numba", "llvmlite", "tbb", "torch", "jax", "cupy", "dask", "numba-cuda"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
+    packages = ("numpy", "numba", "llvmlite", "tbb", "torch", "jax", "dask", "numba-cuda", "cuda-core", "cuda-bindings")
+    for package in packages:
+        facts[package] = _version_of(package) or "not installed"
+    facts["cupy"] = _version_of("cupy-cuda13x", "cupy-cuda12x", "cupy") or "not installed"
+    if importlib.util.find_spec("numba_cuda") is None:
+        facts["numba-cuda"] += f"; for arrays on a GPU: {_CUDA_EXTRA}"
     facts["cpu"] = str(llvm.get_host_cpu_name())
     facts["threads"] = str(get_num_threads())
     facts["tbb library"] = "loaded" if preload_tbb() else "not found"
     facts["threading layer"] = threading_layer() or "not started"
     facts["kernel cache"] = str(compiler.cache_directory())
-    return facts
+    if _numba().config.ENABLE_CUDASIM:
+        facts["CUDA simulator"] = "in place of GPUs (NUMBA_ENABLE_CUDASIM)"
+    return facts | _gpus()
 
 
 def show_versions() -> None:

@@ -13,6 +13,11 @@ where they lie on a GPU, instead of it::
     empty(shape, dtype, like) -> array            # new memory in C order, on the device of `like`
     stream(like) -> int                           # the CUDA stream that the caller works on, on that device
 
+and, where a library's later work does not wait for that stream, the word that the caller has to wait for the kernel
+before it hands a result out or lets go of an array that it read (`view` lets our stream wait for the library's)::
+
+    SYNCHRONISES = True
+
 and, where calls on small arrays should be fast, two more::
 
     key(array) -> Hashable | None                 # all that tells how to read it, but its address; None: look again
@@ -26,8 +31,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import numpy as np
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arrays import View
 from ..kernels.records import INDEX, N_CLASSY, STRIDES
 
 Shape = tuple[int, ...]
@@ -106,3 +107,10 @@ class Samples:
                 in_place = linear(self.shape, strides, array.itemsize)
             table[k] = record(array, strides, step, in_place)
         return table
+
+
+def as_floats(view: View) -> np.ndarray:
+    """The numbers of a view as a NumPy array that can be computed with."""
+    if view.dtype != "bfloat16":
+        return view.data
+    return (view.data.astype(np.uint32) << 16).view(np.float32)

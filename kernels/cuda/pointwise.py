@@ -37,7 +37,7 @@ class PointwiseKernel(Kernel):
     weight: str | None = None  # of the element weights
     upstream: str | None = None  # of a gradient of each sample's loss
     factor: str | None = None  # of the one number by which gradients of a reduced loss are multiplied
-    by_weight: bool = False  # gradients are divided by the sum of weights, of which a row of sums is given
+    by_weight: bool = False  # gradients are divided by the sum of weights: the sum of a row of sums that is given
     losses: str | None = None
     grad: str | None = None
     grad_target: str | None = None
@@ -151,7 +151,7 @@ class PointwiseKernel(Kernel):
                 scale = scale * load(a[at["factor"]], self.factor, compute)
             if self.by_weight:
                 row, _ = read_row(a[at["stats"]], compute)
-                scale = scale * quotient((full(a[0], compute, 1.0), full(a[0], compute, 0.0)), row[2:4])
+                scale = scale * quotient((full(a[0], compute, 1.0), full(a[0], compute, 0.0)), row[:2])
             return sums, invalid, scale
 
         @emitted
@@ -190,3 +190,11 @@ class PointwiseKernel(Kernel):
     def _valid(value: Any, good: Any) -> Any:
         """NaN where an element lies outside the loss's domain."""
         return value if good is None else each(lambda x, ok: where(ok, x, float("nan")), value, good)
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+# Its losses are a copy of its only input; their sum is that of the input.
+COPY = Pointwise("copy", _itself, _itself)

@@ -14,7 +14,6 @@ from typing import Any
 
 from ..vecmath import where
 from .device import (
-    VECTOR_BYTES,
     WARP,
     Int,
     Lanes,
@@ -49,7 +48,7 @@ _GROUP_BYTES = 8 * 4  # what a warp tells the others of its state
 class RowsKernel(SoftmaxKernel):
     """A row of classes at a time."""
 
-    lanes: int  # classes of one load: 16 bytes of the narrowest array, or 1 where rows do not lie alike
+    lanes: int  # classes of a vector: 16 bytes of the narrowest array, or 1 where rows do not lie alike
     vectors: int = 4  # loads that a thread has in flight
     group: int = 256  # threads of a row: a warp or all
     resident: bool = False  # a row has at most group * vectors * lanes classes, beside those before and after
@@ -72,7 +71,7 @@ class RowsKernel(SoftmaxKernel):
         classes = a[self.at["classes"]]
         if self.lanes == 1:
             return integer(classes, 0), classes
-        before = (0 - self.place(p, "logits")) & (VECTOR_BYTES - 1)
+        before = (0 - self.place(p, "logits")) & (self.lanes * self.size("logits") - 1)
         head = smaller(before // self.size("logits"), classes)
         return head, (classes - head) // self.lanes
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..exact import two_sum
 from ..pointwise import SUMS
 from ..vecmath import where
+from .build import Kernel
 from .device import (
     WARP,
     Int,
@@ -154,7 +155,7 @@ def _write_result(a: Any, sums: Any, counts: Any, reduction: Reduction) -> None:
 
 def closing(reduction: Reduction, threads: int) -> Any:
     """The last lines of a kernel, `close(a, sums, counts)`: the result where there is one block, else this block's row
-    for the kernel of `combination`."""
+    for `Combination`."""
 
     @emitted
     def close(a: Any, sums: Any, counts: Any) -> None:
@@ -175,29 +176,46 @@ def closing(reduction: Reduction, threads: int) -> Any:
     return close
 
 
-def combination(reduction: Reduction, threads: int) -> Any:
-    """The kernel `combine(a)` of one block: rows of sums, whose number is the argument after `FIRST_FIELDS`, to the
-    result."""
-    compute = reduction.compute
+@dataclass(frozen=True, kw_only=True)
+class Combination(Kernel):
+    """The kernel of one block that makes a result of all blocks' rows of sums."""
 
-    @emitted
-    def start(a: Any) -> Any:
-        return no_sums(a[0], compute)
+    reduction: Reduction
 
-    @emitted
-    def add(a: Any, row: Int, sums: Any, counts: Any) -> Any:
-        more, (n, bad) = read_row(a[PARTIALS] + row * ROW_BYTES, compute)
-        return _added(sums, more), (counts[0] + n, counts[1] + bad)
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this kernel from every other, for the disk cache."""
+        return ("cuda combination", self.reduction)
 
-    @emitted
-    def finish(a: Any, sums: Any, counts: Any) -> None:
-        total, counted = block_total(sums, counts, compute, threads)
-        when(thread_index(total[0]) == 0, lambda: _write_result(a, total, counted, reduction))
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The kernel's arguments."""
+        return (*FIRST_FIELDS, "rows")
 
-    def combine(a):  # type: ignore[no-untyped-def]
-        sums, counts = start(a)
-        for row in range(cuda.threadIdx.x, a[3], threads):
-            sums, counts = add(a, row, sums, counts)
-        finish(a, sums, counts)
+    def build(self) -> Any:
+        """The kernel."""
+        reduction, compute, threads = self.reduction, self.reduction.compute, self.threads
 
-    return combine
+        @emitted
+        def start(a: Any) -> Any:
+            return no_sums(a[0], compute)
+
+        @emitted
+        def add(a: Any, row: Int, sums: Any, counts: Any) -> Any:
+            more, (n, bad) = read_row(a[PARTIALS] + row * ROW_BYTES, compute)
+            return _added(sums, more), (counts[0] + n, counts[1] + bad)
+
+        @emitted
+        def finish(a: Any, sums: Any, counts: Any) -> None:
+            total, counted = block_total(sums, counts, compute, threads)
+            when(thread_index(total[0]) == 0, lambda: _write_result(a, total, counted, reduction))
+
+        rows = self.fields.index("rows")
+
+        def combine(a):  # type: ignore[no-untyped-def]
+            sums, counts = start(a)
+            for row in range(cuda.threadIdx.x, a[rows], threads):
+                sums, counts = add(a, row, sums, counts)
+            finish(a, sums, counts)
+
+        return combine

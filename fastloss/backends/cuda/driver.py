@@ -1,0 +1,173 @@
+"""The GPUs: loaded kernels, launches on the caller's stream, and the few bytes that are read back when asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+from ...arrays import DeviceMemory
+from ...kernels.cuda.build import Kernel, cubin
+from ...kernels.cuda.device import SIMULATED
+from .tuning import SIMULATOR, Tuning, tuning_for
+
+MAX_BLOCKS = 2**31 - 1
+
+
+class Launch:
+    """A kernel and how it is launched; `arguments` may be given anew."""
+
+    __slots__ = ("arguments", "blocks", "config", "function", "kernel")
+
+    def __init__(self, kernel: Kernel, blocks: int, arguments: Sequence[int], function: Any, config: Any) -> None:
+        self.kernel, self.blocks, self.arguments = kernel, blocks, arguments
+        self.function, self.config = function, config
+
+
+class Device:
+    """One GPU, or Numba's simulator."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._functions: dict[Kernel, Any] = {}
+        self._lock = threading.Lock()
+        if SIMULATED:
+            self.capability, self.multiprocessors = (9, 0), 4
+            return
+        from cuda.bindings import driver
+        from cuda.core import Device as CoreDevice
+
+        properties = CoreDevice(number).properties
+        self.capability = (properties.compute_capability_major, properties.compute_capability_minor)
+        self.multiprocessors = properties.multiprocessor_count
+        _ok(driver.cuInit(0))
+        self._context = _ok(driver.cuDevicePrimaryCtxRetain(_ok(driver.cuDeviceGet(number))))
+
+    @cached_property
+    def tuning(self) -> Tuning:
+        """The sizes that suit this GPU."""
+        return SIMULATOR if SIMULATED else tuning_for(self.capability)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes this the thread's GPU, and the one that it was again afterwards."""
+        if SIMULATED:
+            yield
+            return
+        from cuda.bindings import driver
+
+        before = _ok(driver.cuCtxGetCurrent())
+        if int(before) == int(self._context):
+            yield
+            return
+        _ok(driver.cuCtxSetCurrent(self._context))
+        try:
+            yield
+        finally:
+            _ok(driver.cuCtxSetCurrent(before))
+
+    def prepare(self, kernel: Kernel, blocks: int, arguments: Sequence[int]) -> Launch:
+        """A kernel compiled and loaded for this GPU, once."""
+        blocks = max(1, min(blocks, MAX_BLOCKS))
+        if self.capability < (8, 0):
+            kernel = dataclasses.replace(kernel, pairs=False)
+        function = self._functions.get(kernel)
+        if function is None:
+            with self._lock:
+                function = self._functions.get(kernel) or self._load(kernel)
+                self._functions[kernel] = function
+        config = None
+        if not SIMULATED:
+            from cuda.core import LaunchConfig
+
+            config = LaunchConfig(grid=blocks, block=kernel.threads)
+        return Launch(kernel, blocks, arguments, function, config)
+
+    def _load(self, kernel: Kernel) -> Any:
+        if SIMULATED:
+            return kernel.build()
+        from cuda.core import ObjectCode
+
+        code, name = cubin(kernel, self.capability)
+        with self.current():
+            return ObjectCode.from_cubin(code).get_kernel(name)
+
+    def launch(self, launches: Sequence[Launch], stream: int) -> None:
+        """Queue kernels on a stream, one after the other."""
+        if SIMULATED:
+            from ...kernels.cuda import simulator
+
+            for one in launches:
+                simulator.launch(one.function, one.blocks, one.kernel.threads, one.arguments)
+            return
+        from cuda.core import Stream, launch
+
+        handle = Stream.from_handle(stream)
+        with self.current():
+            for one in launches:
+                launch(handle, one.config, one.function, *one.arguments)
+
+    def wait_for(self, producers: set[int], stream: int) -> None:
+        """Let work that is queued on `stream` from now on wait for what is queued on others."""
+        others = {producer for producer in producers if _canonical(producer) != _canonical(stream)}
+        if SIMULATED or not others:
+            return
+        from cuda.core import Stream
+
+        with self.current():
+            for other in others:
+                Stream.from_handle(stream).wait(Stream.from_handle(_canonical(other)).record())
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for all that is queued on a stream."""
+        if not SIMULATED:
+            from cuda.core import Stream
+
+            with self.current():
+                Stream.from_handle(stream).sync()
+
+    def read(self, address: int, nbytes: int, stream: int) -> bytes:
+        """Memory of the GPU once the stream's work is done: this waits."""
+        if SIMULATED:
+            return ctypes.string_at(address, nbytes)
+        from cuda.bindings import driver
+
+        host = ctypes.create_string_buffer(nbytes)
+        with self.current():
+            _ok(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), address, nbytes, stream))
+            _ok(driver.cuStreamSynchronize(stream))
+        return host.raw
+
+    def to_host(self, memory: DeviceMemory, dtype: np.dtype[Any], stream: int) -> np.ndarray:
+        """A copy of an array in the CPU's memory, for messages: all bytes between its first element and its last."""
+        if 0 in memory.shape:
+            return np.empty(memory.shape, dtype)
+        reach = [(extent - 1) * stride for extent, stride in zip(memory.shape, memory.strides, strict=True)]
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        content = self.read(memory.address + low, high - low + memory.itemsize, stream)
+        return np.ndarray(memory.shape, dtype, content, -low, memory.strides)
+
+
+@cache
+def device(number: int) -> Device:
+    """The GPU of this number, as CUDA counts them."""
+    return Device(number)
+
+
+def _canonical(stream: int) -> int:
+    """The legacy default stream has two handles."""
+    return 0 if stream == 1 else stream
+
+
+def _ok(answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver gives besides its status."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"CUDA driver: {status.name}")
+    return values[0] if values else None
