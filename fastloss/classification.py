@@ -94,7 +94,8 @@ class _ClassCall(Call):
 
     @property
     def losses_like(self) -> np.ndarray:
-        return self.t.data
+        data: np.ndarray = self.t.data
+        return data
 
     @property
     def named_sources(self) -> dict[str, View]:
@@ -103,7 +104,8 @@ class _ClassCall(Call):
     @property
     def index(self) -> np.ndarray:
         """Class indices of shape (N, d1, ...)."""
-        return self.t.data if self.t.data.ndim else self.t.data[None]
+        data: np.ndarray = self.t.data
+        return data if data.ndim else data[None]
 
     @property
     def compute(self) -> str:

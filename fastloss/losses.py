@@ -1,9 +1,9 @@
 """The loss functions: signature, docstring, and the one call that each stands for.
 
-All take torch.nn.functional's arguments in torch's order. Arrays may be NumPy arrays of any layout, torch tensors, CuPy,
-JAX and Numba device arrays, lists, or anything with `__dlpack__` or `__cuda_array_interface__`; they are evaluated where
-they are, in the CPU's memory or on a GPU. The result belongs to the library of `input`, is computed in at least float32,
-summed in float64 (on a GPU: in pairs of float32) and rounded once. A failed call changes nothing.
+All take torch.nn.functional's arguments in torch's order. Arrays may be NumPy arrays of any layout, torch tensors,
+CuPy, JAX and Numba device arrays, lists, or anything with `__dlpack__` or `__cuda_array_interface__`; they are
+evaluated where they are, in the CPU's memory or on a GPU. The result belongs to the library of `input`, is computed in
+at least float32, summed in float64 (on a GPU: in pairs of float32) and rounded once. A failed call changes nothing.
 """
 
 from __future__ import annotations
@@ -277,10 +277,9 @@ def binary_cross_entropy(
         reduction: 'none', 'mean' (divides by the number of elements, weighted or not) or 'sum'.
         dtype: of the result; otherwise the promoted dtype of input and target.
         out: array to write the result into.
-        check: for arrays on a GPU, whether to wait and raise ValueError for a number outside 0 to 1, before anything is written; by
-            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
-            element is NaN, and nothing else is harmed. Arrays in
-            the CPU's memory are always checked.
+        check: for arrays on a GPU: wait, and raise ValueError for a number outside 0 to 1 before anything is
+            written; FASTLOSS_CHECK=1 in the environment is the same. Otherwise nothing waits: such an element's own
+            loss is NaN, and nothing else is harmed. Arrays in the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of input, in its library.
@@ -438,10 +437,9 @@ def cross_entropy(
         softcap: softcap * tanh(input / softcap) replaces input; greater than 0.
         dtype: of the result; otherwise the dtype of input.
         out: array to write the result into.
-        check: for arrays on a GPU, whether to wait and raise IndexError for a class index out of range, before anything is written; by
-            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
-            sample is NaN, and nothing else is harmed. Arrays in
-            the CPU's memory are always checked.
+        check: for arrays on a GPU: wait, and raise IndexError for a class index out of range before anything is
+            written; FASTLOSS_CHECK=1 in the environment is the same. Otherwise nothing waits: such a sample's own
+            loss is NaN, and nothing else is harmed. Arrays in the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of the samples, in input's library.
@@ -498,10 +496,9 @@ def nll_loss(
             there are none; or 'sum'.
         dtype: of the result; otherwise the dtype of input.
         out: array to write the result into.
-        check: for arrays on a GPU, whether to wait and raise IndexError for a class index out of range, before anything is written; by
-            default the environment variable FASTLOSS_CHECK=1 says so. Otherwise nothing waits: the loss of that
-            sample is NaN, and nothing else is harmed. Arrays in
-            the CPU's memory are always checked.
+        check: for arrays on a GPU: wait, and raise IndexError for a class index out of range before anything is
+            written; FASTLOSS_CHECK=1 in the environment is the same. Otherwise nothing waits: such a sample's own
+            loss is NaN, and nothing else is harmed. Arrays in the CPU's memory are always checked.
 
     Returns:
         A scalar, or for 'none' an array of the shape of the samples, in input's library.

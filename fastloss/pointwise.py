@@ -86,7 +86,8 @@ class PointwiseCall(Call):
 
     @property
     def losses_like(self) -> np.ndarray:
-        return self.x.data
+        data: np.ndarray = self.x.data
+        return data
 
     @property
     def named_sources(self) -> dict[str, View]:
@@ -172,7 +173,7 @@ class PointwiseCall(Call):
         return (0, 1) if alone else None
 
     def raise_invalid(self, x: View, y: View) -> None:
-        """Find and name the first element outside the domain, which the kernel only noticed; both in the CPU's memory."""
+        """Find and name the first element outside the domain, which the kernel only noticed; on the CPU."""
         x, y = (view._replace(data=np.broadcast_to(view.data, self.shape)) for view in (x, y))
         for start in range(0, self.samples, _SCAN):
             places = np.unravel_index(np.arange(start, min(start + _SCAN, self.samples)), self.shape)

@@ -118,7 +118,7 @@ def _gpus() -> dict[str, str]:
         return {"NVIDIA driver": f"does not work: {error}"}
     number = ""
     with contextlib.suppress(Exception):  # some containers lack the library that knows it
-        number = ".".join(map(str, system.get_kernel_mode_driver_version())) + ", "
+        number = ".".join(f"{part:02}" for part in system.get_kernel_mode_driver_version()) + ", "
     facts = {"NVIDIA driver": f"{number}for CUDA up to {supported // 1000}.{supported % 1000 // 10}"}
     for device in devices:
         capability = ".".join(map(str, device.compute_capability))

@@ -221,9 +221,9 @@ class Value:
         pointer = self.b.inttoptr(self.v, type_.as_pointer())
         return self._new(self.b.load(pointer, align=align or SIZE[elem], typ=type_))
 
-    def store(self, value: Value, stream: bool = False) -> None:
+    def store(self, value: Value, stream: bool = False, align: int | None = None) -> None:
         """Write `value` at me. `stream` (a whole, aligned vector) goes past the caches."""
-        align = SIZE[value.elem] * (value.lanes if stream else 1)
+        align = align or SIZE[value.elem] * (value.lanes if stream else 1)
         put = self.b.store(value.v, self.b.inttoptr(self.v, value.type.as_pointer()), align=align)
         if stream:
             put.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))

@@ -54,7 +54,7 @@ def cubin(kernel: Kernel, capability: Capability) -> tuple[bytes, str]:
 
 
 def _compiled(kernel: Kernel, capability: Capability) -> bytes:
-    from cuda.core import Linker, LinkerOptions, ObjectCode  # type: ignore[import-not-found]
+    from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
     from numba.cuda import types
 

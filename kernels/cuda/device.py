@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numba.cuda.core import config
 from .. import storage as memory
 from .. import values, vecmath
 from ..storage import itemsize
-from ..values import F16, F32, F64, I1, I8, I16, I32, I64, INT_OF, SIZE, Value, declare
+from ..values import F32, F64, I1, I8, I16, I32, I64, INT_OF, SIZE, Value, declare
 from ..vecmath import where
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -60,15 +60,6 @@ class DeviceValue(Value):
         """float32 stays float32: most GPUs have next to no float64."""
         return self
 
-    def instruction(self, text: str, *others: Any) -> Value:
-        """One PTX instruction on operands and a result of my type."""
-        letter = {F32: "f", F64: "d", I32: "r", I64: "l"}[self.type]
-        operands = [self.v, *(self.lift(other).v for other in others)]
-        places = ", ".join(f"${k}" for k in range(len(operands) + 1))
-        signature = ir.FunctionType(self.type, [self.type] * len(operands))
-        constraints = ",".join([f"={letter}"] + [letter] * len(operands))
-        return self._new(self.b.call(ir.InlineAsm(signature, f"{text} {places};", constraints), operands))
-
     def pointer(self, type_: ir.Type) -> Any:
         """Me, an address, as a pointer."""
         return self.b.inttoptr(self.v, ir.PointerType(type_, self.space))
@@ -80,6 +71,16 @@ class DeviceValue(Value):
 
     def store(self, value: Value, stream: bool = False, align: int | None = None) -> None:
         self.b.store(value.v, self.pointer(value.type), align=align or SIZE[value.elem])
+
+
+def _ptx(x: Value, instruction: str, *others: Any) -> Value:
+    """One PTX instruction on operands and a result of the type of x."""
+    letter = {F32: "f", F64: "d"}[x.type]
+    operands = [x.v, *(x.lift(other).v for other in others)]
+    places = ", ".join(f"${k}" for k in range(len(operands) + 1))
+    signature = ir.FunctionType(x.type, [x.type] * len(operands))
+    constraints = ",".join([f"={letter}"] + [letter] * len(operands))
+    return x._new(x.b.call(ir.InlineAsm(signature, f"{instruction} {places};", constraints), operands))
 
 
 class _SharedAddress(DeviceValue):
@@ -200,6 +201,12 @@ def each(function: Callable[..., Any], *arguments: Any) -> Any:
     return tuple(Lanes(column) for column in zip(*rows, strict=True)) if isinstance(rows[0], tuple) else Lanes(rows)
 
 
+def lanes_of(parts: Iterable[Any]) -> Any:
+    """Lanes of these values."""
+    parts = list(parts)
+    return Lanes(parts) if isinstance(parts[0], Value) else np.array(parts)
+
+
 def fold(function: Callable[[Any, Any], Any], lanes: Any) -> Any:
     """All lanes combined pairwise, in a fixed order, into one value."""
     parts = list(lanes)
@@ -269,7 +276,7 @@ def smaller(a: Int, b: Int) -> Int:
 def larger(a: Lane, b: Lane) -> Lane:
     """The larger of two floats, a NaN left out."""
     if isinstance(a, Value):
-        return a.instruction("max.f32" if a.elem == F32 else "max.f64", b)
+        return _ptx(a, "max.f32" if a.elem == F32 else "max.f64", b)
     return np.fmax(a, b)
 
 
@@ -292,7 +299,7 @@ def exp_of_negative(x: Lane, exact: bool = True) -> Lane:
     if x.elem == F64:
         return vecmath.exp(x)
     t = x * vecmath.LOG2E
-    power = t.instruction("ex2.approx.ftz.f32")
+    power = _ptx(t, "ex2.approx.ftz.f32")
     if not exact:
         return power
     lost = x.fma(_LOG2E_LOW, x.fma(vecmath.LOG2E, -t))
@@ -328,7 +335,8 @@ def loop(start: Int, stop: Int, step: int, state: Sequence[Any], body: Callable[
 def _array(address: Int, count: int, storage: str) -> Any:
     """The simulator's view of memory."""
     dtype = np.dtype("uint16" if storage == "bfloat16" else storage)
-    return np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(int(address)), dtype)
+    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(int(address))
+    return np.frombuffer(memoryview(buffer), dtype)
 
 
 def load(address: Int, storage: str, compute: str) -> Lane:
@@ -405,11 +413,9 @@ def store_lanes(address: Int, lanes: Any, storage: str, pairs: bool) -> None:
         elem = memory.MEMORY[storage]
     count = min(VECTOR_BYTES, size * len(lanes)) // SIZE[elem]
     for first in range(0, len(words), count):
-        vector = DeviceValue(address.b, ir.Constant(values.vector(elem, count), ir.Undefined))
+        vector: Value = DeviceValue(address.b, ir.Constant(values.vector(elem, count), ir.Undefined))
         for k in range(count):
             vector = vector.with_lane(k, words[first + k])
-        if count == 1:
-            vector = words[first]
         (address + first * SIZE[elem]).store(vector, align=count * SIZE[elem])
 
 
@@ -477,7 +483,7 @@ def shared(like: Any, name: str, nbytes: int) -> Any:
 
 def _register(like: Any, name: str, simulated: str) -> Int:
     if not isinstance(like, Value):
-        return int(getattr(getattr(cuda, simulated), "x"))
+        return int(getattr(cuda, simulated).x)
     read = declare(like.b.module, f"llvm.nvvm.read.ptx.sreg.{name}.x", ir.FunctionType(I32, []))
     return DeviceValue(like.b, like.b.zext(like.b.call(read, []), I64))
 

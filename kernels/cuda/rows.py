@@ -20,12 +20,11 @@ from .device import (
     barrier,
     below,
     cuda,
-    each,
     emitted,
     exchange_all,
-    fold,
     full,
     integer,
+    lanes_of,
     larger,
     load,
     load_lanes,
@@ -37,10 +36,12 @@ from .device import (
     thread_index,
     when,
 )
-from .softmax import CLASSY, INVALID, LIVE, Outcome, Scales, SoftmaxKernel
+from .softmax import INVALID, LIVE, Outcome, Scales, SoftmaxKernel
 from .sums import Reduction, add_pair, closing, no_sums
 
-OUTCOME_BYTES = 8 * len(Outcome._fields)  # what `part` leaves of a slice, and `merge` of a row
+_OWN = 3  # what is kept of the target index: logit, slope of the cap, weight
+_SAVED = _OWN + len(Outcome._fields)
+SAVED_BYTES = 8 * _SAVED  # what `part` leaves of a slice, and `merge` of a row
 _GROUP_BYTES = 8 * 4  # what a warp tells the others of its state
 
 
@@ -63,6 +64,11 @@ class RowsKernel(SoftmaxKernel):
     def step(self) -> int:
         """Classes that a row's threads take at a time."""
         return self.group * self.vectors * self.lanes
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether gradients are written."""
+        return bool(self.grad or self.grad_target)
 
     # rows in memory
 
@@ -94,13 +100,8 @@ class RowsKernel(SoftmaxKernel):
             return None
         weights = self.weights(a, c, lanes)
         probabilities = self.read_probabilities(p, c, lanes)
-        out = [
-            self.mass_of(
-                a, None if probabilities is None else probabilities[k], None if weights is None else weights[k]
-            )
-            for k in range(lanes)
-        ]
-        return out
+        q, w = ([None] * lanes if x is None else list(x) for x in (probabilities, weights))
+        return [self.mass_of(a, q[k], w[k]) for k in range(lanes)]
 
     def weights(self, a: Any, c: Int, lanes: int) -> Any:
         return [self.weight_of(a, c + k) for k in range(lanes)] if self.weight else None
@@ -155,15 +156,6 @@ class RowsKernel(SoftmaxKernel):
         """The number of this thread among those of its row."""
         return thread_index(like) % self.group if self.group < self.threads else thread_index(like)
 
-    # states and outcomes in memory
-
-    def save(self, address: Int, values: Sequence[Any]) -> None:
-        for k, value in enumerate(values):
-            store(address + 8 * k, value, self.compute)
-
-    def restore(self, address: Int, count: int) -> list[Any]:
-        return [load(address + 8 * k, self.compute, self.compute) for k in range(count)]
-
     # the kernel
 
     def build(self) -> Any:
@@ -172,22 +164,32 @@ class RowsKernel(SoftmaxKernel):
 
 
 class _Parts:
-    """The emitted functions that a phase's kernel is put together from."""
+    """The emitted functions that a phase's kernel is put together from. `member` is the number of a thread among those
+    of its row, `low` and `stop` bound its classes."""
 
     def __init__(self, k: RowsKernel) -> None:
-        wanted = [name for name in ("grad", "grad_target") if getattr(k, name)]
+        width = k.group * k.lanes  # classes between a thread's vectors
+
+        def places(first: Int, vectors: int) -> list[Int]:
+            return [first + u * width for u in range(vectors)]
 
         @emitted
         def start(a: Any) -> Any:
-            sums, counts = no_sums(a[0], k.compute)
-            scales = k.scales(a)
-            return sums, counts, Lanes(scales)
+            return *no_sums(a[0], k.compute), Lanes(k.scales(a))
 
         @emitted
         def begin(a: Any, r: Int) -> Any:
+            """Of row r: places, class index, kind, and the bounds of its vectors."""
             p = k.places(a, r)
             head, vectors = k.extent(a, p)
-            return p, *k.label(a, p), head, vectors
+            return p, *k.label(a, p), head, head + vectors * k.lanes
+
+        @emitted
+        def piece(a: Any, slot: Int, low: Int, stop: Int) -> Any:
+            """The bounds of a slice."""
+            slices = a[k.at["slices"]]
+            n, steps = slot % slices, (stop - low + k.step - 1) // k.step
+            return low + steps * n // slices * k.step, smaller(low + steps * (n + 1) // slices * k.step, stop)
 
         @emitted
         def own(a: Any, p: Any, t: Int) -> Any:
@@ -196,54 +198,60 @@ class _Parts:
             if k.index is None:
                 return Lanes([zero, one, one])
             z, bent = k.read(a, p, t, 1)
-            slope = one if bent is None else 1.0 - bent[0] * bent[0]
             weight = k.weight_of(a, t)
-            return Lanes([z[0], slope, one if weight is None else weight])
+            return Lanes([z[0], one if bent is None else 1.0 - bent[0] * bent[0], one if weight is None else weight])
 
         @emitted
-        def empty(a: Any) -> Any:
+        def nothing(a: Any) -> Any:
+            """The state of no classes."""
             return Lanes(k.empty(a[0]))
 
         @emitted
-        def odd(a: Any, p: Any, member: Int, state: Any) -> Any:
-            """The state with the class outside the vectors that is this thread's."""
+        def odd(a: Any, p: Any, member: Int) -> Any:
+            """The state of the class outside the vectors that is this thread's, or of none."""
+            empty = k.empty(a[0])
             if k.lanes == 1:
-                return state
+                return Lanes(empty)
             c, there = k.odd_class(a, p, member)
 
             def take() -> list[Any]:
-                return k.absorb(list(state), list(k.read(a, p, c, 1)[0]), k.masses(a, p, c, 1))
+                return k.absorb(empty, list(k.read(a, p, c, 1)[0]), k.masses(a, p, c, 1))
 
-            return Lanes(when(there, take, lambda: list(state)))
-
-        def absorb(vectors: int) -> Any:
-            @emitted
-            def take(a: Any, p: Any, first: Int, state: Any) -> Any:
-                """The state with `vectors` vectors, the group's width apart."""
-                places = [first + u * (k.group * k.lanes) for u in range(vectors)]
-                logits = [z for c in places for z in k.read(a, p, c, k.lanes)[0]]
-                masses = [q for c in places for q in k.masses(a, p, c, k.lanes)] if k.soft else None
-                return Lanes(k.absorb(list(state), logits, masses))
-
-            return take
+            return Lanes(when(there, take, lambda: empty))
 
         @emitted
-        def hold(a: Any, p: Any, first: Int, stop: Int) -> Any:
-            """Vectors for the registers; -inf beyond the last."""
+        def sweep(a: Any, p: Any, low: Int, stop: Int, member: Int, state: Any) -> Any:
+            """The state with the thread's part of a range of vectors."""
+
+            def take(vectors: int) -> Any:
+                def absorb(c: Int, *state: Any) -> list[Any]:
+                    at = places(c, vectors)
+                    logits = [z for c in at for z in k.read(a, p, c, k.lanes)[0]]
+                    masses = [q for c in at for q in k.masses(a, p, c, k.lanes)] if k.soft else None
+                    return k.absorb(state, logits, masses)
+
+                return absorb
+
+            mine = member * k.lanes
+            many, one = take(k.vectors), take(1)
+            c, state = loop(low, stop, k.step, list(state), lambda c, *state: many(c + mine, *state))
+            return Lanes(loop(c + mine, stop + (width - 1), width, state, one)[1])
+
+        @emitted
+        def hold(a: Any, p: Any, low: Int, stop: Int, member: Int) -> Any:
+            """A row's logits in registers; -inf beyond the last."""
             lanes = Lanes()
-            for u in range(k.vectors):
-                c = first + u * (k.group * k.lanes)
+            for c in places(low + member * k.lanes, k.vectors):
                 found = k.read(a, p, smaller(c, stop - k.lanes), k.lanes)[0]
                 lanes += [where(c < stop, z, -float("inf")) for z in found]
             return lanes
 
         @emitted
-        def absorb_held(a: Any, p: Any, first: Int, stop: Int, held: Any, state: Any) -> Any:
+        def absorb_held(a: Any, p: Any, low: Int, stop: Int, member: Int, held: Any, state: Any) -> Any:
             masses = None
             if k.soft:
                 masses = []
-                for u in range(k.vectors):
-                    c = first + u * (k.group * k.lanes)
+                for c in places(low + member * k.lanes, k.vectors):
                     found = k.masses(a, p, smaller(c, stop - k.lanes), k.lanes)
                     masses += [where(c < stop, q, 0.0) for q in found]
             return Lanes(k.absorb(list(state), list(held), masses))
@@ -254,188 +262,157 @@ class _Parts:
 
         @emitted
         def finish(a: Any, p: Any, own: Any, state: Any, scales: Any) -> Any:
-            return Lanes(k.finish(a, list(state), own[0], own[2], k.upstream_scales(p, Scales(*scales))))
+            """What spreading needs: `own`, then the outcome."""
+            outcome = k.finish(a, list(state), own[0], own[2], k.upstream_scales(p, Scales(*scales)))
+            return Lanes([*own, *outcome])
 
         @emitted
-        def count(p: Any, member: Int, outcome: Any, sums: Any, counts: Any) -> Any:
+        def count(p: Any, member: Int, done: Any, sums: Any, counts: Any) -> Any:
             """The sums with a live sample, by the row's first thread, which also writes its loss."""
-            done = Outcome(*outcome)
-            first = member == 0
-            when(first, lambda: k.write_loss(p, done.loss + done.z))
-            zero = full(done.loss, k.compute, 0.0)
-            added = [where(first, x, zero) for x in (done.loss, done.weight, done.z)]
+            outcome, first = Outcome(*done[_OWN:]), member == 0
+            when(first, lambda: k.write_loss(p, outcome.loss + outcome.z))
+            zero = full(outcome.loss, k.compute, 0.0)
             parts: list[Any] = []
-            for n, x in enumerate(added):
-                parts += add_pair(sums[2 * n : 2 * n + 2], x, 0.0)
+            for n, x in enumerate((outcome.loss, outcome.weight, outcome.z)):
+                parts += add_pair(sums[2 * n : 2 * n + 2], where(first, x, zero), 0.0)
             return Lanes(parts), (where(first, counts[0] + 1, counts[0]), counts[1])
 
         @emitted
         def skip(p: Any, member: Int, kind: Int, sums: Any, counts: Any) -> Any:
             """The sums with a sample that is ignored, or that is invalid: its loss is NaN and has no weight."""
             first, bad = member == 0, kind == INVALID
-            nothing = where(bad, full(sums[0], k.compute, float("nan")), full(sums[0], k.compute, 0.0))
+            zero = full(sums[0], k.compute, 0.0)
+            nothing = where(bad, full(sums[0], k.compute, float("nan")), zero)
             when(first, lambda: k.write_loss(p, nothing))
-            parts = [*add_pair(sums[:2], where(first, nothing, full(sums[0], k.compute, 0.0)), 0.0), *sums[2:]]
+            parts = [*add_pair(sums[:2], where(first, nothing, zero), 0.0), *sums[2:]]
             return Lanes(parts), (counts[0], where(first & bad, counts[1] + 1, counts[1]))
 
-        def gradients(a: Any, p: Any, c: Int, t: Int, outcome: Any, own: Any, z: Any, bent: Any, lanes: int) -> None:
-            """Write the gradients of `lanes` classes from c on."""
-            done = Outcome(*outcome)
-            probabilities = k.read_probabilities(p, c, lanes)
-            weights = k.weights(a, c, lanes)
-            results = {}
-            for name in wanted:
-                values = []
-                for n in range(lanes):
-                    q = None if probabilities is None else probabilities[n]
-                    w = None if weights is None else weights[n]
-                    if name == "grad":
-                        mass = k.mass_of(a, q, w) if k.soft else None
-                        values.append(k.gradient(a, done, z[n], None if bent is None else bent[n], mass))
-                    else:
-                        values.append(k.gradient_of_target(a, done, z[n], q, w))
-                results[name] = Lanes(values)
-            at_target = None
-            if k.grad and k.index is not None:
-                mass = k.mass_of(a, None, own[2] if k.weight else None) if k.soft else None
-                at_target = (k.gradient(a, done, own[0], None, mass) - done.pulled) * own[1]
-            for name, values in results.items():
-                storage = getattr(k, name)
-                row = k.place(p, name)
-                address = row + c * k.size(name)
-                store_lanes(address, _lanes(values), storage, k.pairs)
-                if name == "grad" and at_target is not None:
-                    target = row + t * k.size(name)
-                    when(
-                        below(t - c, integer(t, lanes)),
-                        lambda target=target, storage=storage: store(target, at_target, storage),
-                    )
-
-        def write(vectors: int) -> Any:
-            @emitted
-            def put(a: Any, p: Any, first: Int, t: Int, outcome: Any, own: Any) -> None:
-                """The gradients of `vectors` vectors, whose logits are read again."""
-                places = [first + u * (k.group * k.lanes) for u in range(vectors)]
-                found = [k.read(a, p, c, k.lanes) for c in places]
-                for c, (z, bent) in zip(places, found, strict=True):
-                    gradients(a, p, c, t, outcome, own, z, bent, k.lanes)
-
-            return put
+        def write(a: Any, p: Any, c: Int, t: Int, done: Any, found: Any, lanes: int) -> None:
+            """The gradients of `lanes` classes from c on, of which `found` are the logits."""
+            own, outcome = done[:_OWN], Outcome(*done[_OWN:])
+            z, bent = found
+            probabilities, weights = k.read_probabilities(p, c, lanes), k.weights(a, c, lanes)
+            q, w, cap = ([None] * lanes if x is None else list(x) for x in (probabilities, weights, bent))
+            if k.grad:
+                masses = [k.mass_of(a, q[n], w[n]) if k.soft else None for n in range(lanes)]
+                gradients = [k.gradient(outcome, z[n], cap[n], masses[n]) for n in range(lanes)]
+                row = k.place(p, "grad")
+                store_lanes(row + c * k.size("grad"), lanes_of(gradients), k.grad, k.pairs)
+                if k.index is not None:
+                    mass = k.mass_of(a, None, own[2] if k.weight else None) if k.soft else None
+                    at_target = (k.gradient(outcome, own[0], None, mass) - outcome.pulled) * own[1]
+                    target = row + t * k.size("grad")
+                    when(below(t - c, integer(t, lanes)), lambda: store(target, at_target, k.grad or ""))
+            if k.grad_target:
+                gradients = [k.gradient_of_target(a, outcome, z[n], q[n], w[n]) for n in range(lanes)]
+                address = k.place(p, "grad_target") + c * k.size("grad_target")
+                store_lanes(address, lanes_of(gradients), k.grad_target, k.pairs)
 
         @emitted
-        def write_held(a: Any, p: Any, first: Int, stop: Int, t: Int, outcome: Any, mixed: Any) -> None:
-            """The gradients of the vectors in registers; `mixed` is what the target index needs, then they."""
-            own, held = mixed[:3], mixed[3:]
-            for u in range(k.vectors):
-                c = first + u * (k.group * k.lanes)
-                z = held[u * k.lanes : (u + 1) * k.lanes]
-                cap = k.number(a, "softcap") if k.softcap else None
-                bent = None if cap is None else [x / cap for x in z]
+        def write_odd(a: Any, p: Any, member: Int, t: Int, done: Any) -> None:
+            if k.lanes > 1:
+                c, there = k.odd_class(a, p, member)
+                when(there, lambda: write(a, p, c, t, done, k.read(a, p, c, 1), 1))
 
-                def put(c: Int = c, z: Any = z, bent: Any = bent) -> None:
-                    gradients(a, p, c, t, outcome, own, z, bent, k.lanes)
+        @emitted
+        def spread(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any) -> None:
+            """The gradients of the thread's part of a range of vectors, whose logits are read again."""
+
+            def put(vectors: int) -> Any:
+                def write_vectors(c: Int) -> None:
+                    at = places(c, vectors)
+                    found = [k.read(a, p, c, k.lanes) for c in at]  # before anything is written
+                    for c, logits in zip(at, found, strict=True):
+                        write(a, p, c, t, done, logits, k.lanes)
+
+                return write_vectors
+
+            low, stop = bounds
+            mine = member * k.lanes
+            many, one = put(k.vectors), put(1)
+            c, _ = loop(low, stop, k.step, [], lambda c: many(c + mine))
+            loop(c + mine, stop + (width - 1), width, [], one)
+
+        @emitted
+        def spread_held(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any, held: Any) -> None:
+            """The gradients of the logits in registers."""
+            low, stop = bounds
+            for u, c in enumerate(places(low + member * k.lanes, k.vectors)):
+                z = held[u * k.lanes : (u + 1) * k.lanes]
+                bent = [x / k.number(a, "softcap") for x in z] if k.softcap else None
+
+                def put(c: Int = c, found: Any = (z, bent)) -> None:
+                    write(a, p, c, t, done, found, k.lanes)
 
                 when(c < stop, put)
 
         @emitted
-        def write_odd(a: Any, p: Any, member: Int, t: Int, outcome: Any, own: Any) -> None:
-            if k.lanes == 1:
-                return
-            c, there = k.odd_class(a, p, member)
-
-            def put() -> None:
-                z, bent = k.read(a, p, c, 1)
-                gradients(a, p, c, t, outcome, own, z, bent, 1)
-
-            when(there, put)
-
-        @emitted
         def blank(a: Any, p: Any, c: Int, kind: Int) -> None:
-            """The gradient of a class of a row that is not live."""
+            """The gradients of a class of a row that is not live."""
             nothing = where(kind == INVALID, full(a[0], k.compute, float("nan")), full(a[0], k.compute, 0.0))
-            for name in wanted:
-                store(k.place(p, name) + c * k.size(name), nothing, getattr(k, name))
+            for name in ("grad", "grad_target"):
+                if storage := getattr(k, name):
+                    store(k.place(p, name) + c * k.size(name), nothing, storage)
+
+        def saved(a: Any, slot: Int, n: int) -> Int:
+            return a[k.at["states"]] + slot * SAVED_BYTES + 8 * n
 
         @emitted
-        def save(a: Any, slot: Int, values: Any) -> None:
-            k.save(a[k.at["states"]] + slot * OUTCOME_BYTES, list(values))
+        def save(a: Any, slot: Int, numbers: Any) -> None:
+            for n, x in enumerate(numbers):
+                store(saved(a, slot, n), x, k.compute)
 
         @emitted
         def restore(a: Any, slot: Int) -> Any:
-            return Lanes(k.restore(a[k.at["states"]] + slot * OUTCOME_BYTES, len(Outcome._fields)))
+            return Lanes(load(saved(a, slot, n), k.compute, k.compute) for n in range(_SAVED))
 
         @emitted
         def absorb_saved(a: Any, slot: Int, state: Any) -> Any:
             """The state with a slice's."""
-            saved = k.restore(a[k.at["states"]] + slot * OUTCOME_BYTES, len(state))
-            top = larger(state[0], saved[0])
-            parts = [k.rescaled(list(one), top) for one in (state, saved)]
+            other = [load(saved(a, slot, n), k.compute, k.compute) for n in range(len(state))]
+            top = larger(state[0], other[0])
+            parts = [k.rescaled(list(one), top) for one in (state, other)]
             return Lanes([top, *(x + y for x, y in zip(*parts, strict=True))])
 
-        self.start, self.begin, self.own, self.empty, self.odd = start, begin, own, empty, odd
-        self.absorb, self.absorb_one = absorb(k.vectors), absorb(1)
-        self.hold, self.absorb_held, self.total, self.finish = hold, absorb_held, total, finish
-        self.count, self.skip = count, skip
-        self.write, self.write_one, self.write_held, self.write_odd = write(k.vectors), write(1), write_held, write_odd
-        self.blank, self.save, self.restore, self.absorb_saved = blank, save, restore, absorb_saved
+        self.start, self.begin, self.piece, self.own, self.nothing = start, begin, piece, own, nothing
+        self.odd, self.sweep, self.hold, self.absorb_held, self.total = odd, sweep, hold, absorb_held, total
+        self.finish, self.count, self.skip = finish, count, skip
+        self.write_odd, self.spread, self.spread_held, self.blank = write_odd, spread, spread_held, blank
+        self.save, self.restore, self.absorb_saved = save, restore, absorb_saved
         self.close = closing(k.reduction or Reduction(k.compute, "sums"), k.threads)
-
-
-def _lanes(values: Any) -> Any:
-    """Lanes for a store: the simulator's are an array."""
-    import numpy as np
-
-    from ..values import Value
-
-    return values if isinstance(values[0], Value) else np.array(values)
 
 
 def _whole(k: RowsKernel) -> Any:
     f = _Parts(k)
-    start, begin, own_values, empty, odd = f.start, f.begin, f.own, f.empty, f.odd
-    absorb, absorb_one, hold, absorb_held = f.absorb, f.absorb_one, f.hold, f.absorb_held
-    total, finish, count, skip = f.total, f.finish, f.count, f.skip
-    write, write_one, write_held, write_odd, blank, close = (
-        f.write, f.write_one, f.write_held, f.write_odd, f.blank, f.close
+    start, begin, own_values, odd, sweep, hold, absorb_held, total, finish, count, skip, close = (
+        f.start, f.begin, f.own, f.odd, f.sweep, f.hold, f.absorb_held, f.total, f.finish, f.count, f.skip, f.close
     )  # fmt: skip
-    group, lanes, per_block = k.group, k.lanes, k.threads // k.group
-    width, step = k.group * k.lanes, k.step
-    resident, reduced, gradient = k.resident, k.reduction is not None, bool(k.grad or k.grad_target)
+    write_odd, spread, spread_held, blank = f.write_odd, f.spread, f.spread_held, f.blank
+    group, per_block, resident = k.group, k.threads // k.group, k.resident
+    reduced, gradient = k.reduction is not None, k.differentiates
     samples, classes = k.at["samples"], k.at["classes"]
 
     def rows(a):  # type: ignore[no-untyped-def]
         sums, counts, scales = start(a)
         member = cuda.threadIdx.x % group
-        first_row = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
-        for r in range(first_row, a[samples], cuda.gridDim.x * per_block):
-            p, t, kind, head, vectors = begin(a, r)
+        first = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
+        for r in range(first, a[samples], cuda.gridDim.x * per_block):
+            p, t, kind, low, stop = begin(a, r)
             if kind == LIVE:
-                first, stop = head + member * lanes, head + vectors * lanes
                 own = own_values(a, p, t)
-                state = odd(a, p, member, empty(a))
+                state = odd(a, p, member)
                 if resident:
-                    held = hold(a, p, first, stop)
-                    state = total(absorb_held(a, p, first, stop, held, state))
-                    outcome = finish(a, p, own, state, scales)
+                    held = hold(a, p, low, stop, member)
+                    done = finish(a, p, own, total(absorb_held(a, p, low, stop, member, held, state)), scales)
                     if gradient:
-                        write_odd(a, p, member, t, outcome, own)
-                        write_held(a, p, first, stop, t, outcome, own + held)
+                        write_odd(a, p, member, t, done)
+                        spread_held(a, p, (low, stop), member, t, done, held)
                 else:
-                    full_steps = (stop - head) // step
-                    rest = head + full_steps * step + member * lanes
-                    for c in range(first, first + full_steps * step, step):
-                        state = absorb(a, p, c, state)
-                    for c in range(rest, stop, width):
-                        state = absorb_one(a, p, c, state)
-                    state = total(state)
-                    outcome = finish(a, p, own, state, scales)
+                    done = finish(a, p, own, total(sweep(a, p, low, stop, member, state)), scales)
                     if gradient:
-                        write_odd(a, p, member, t, outcome, own)
-                        for c in range(first, first + full_steps * step, step):
-                            write(a, p, c, t, outcome, own)
-                        for c in range(rest, stop, width):
-                            write_one(a, p, c, t, outcome, own)
-                sums, counts = count(p, member, outcome, sums, counts)
+                        write_odd(a, p, member, t, done)
+                        spread(a, p, (low, stop), member, t, done)
+                sums, counts = count(p, member, done, sums, counts)
             else:
                 if gradient:
                     for c in range(member, a[classes], group):
@@ -449,31 +426,17 @@ def _whole(k: RowsKernel) -> Any:
 
 def _part(k: RowsKernel) -> Any:
     f = _Parts(k)
-    begin, empty, odd, absorb, absorb_one, total, save = (
-        f.begin, f.empty, f.odd, f.absorb, f.absorb_one, f.total, f.save
-    )  # fmt: skip
-    lanes, width, step = k.lanes, k.group * k.lanes, k.step
+    begin, piece, odd, sweep, total, save = f.begin, f.piece, f.odd, f.sweep, f.total, f.save
     samples, slices_at = k.at["samples"], k.at["slices"]
 
     def part(a):  # type: ignore[no-untyped-def]
         slices, member = a[slices_at], cuda.threadIdx.x
         for slot in range(cuda.blockIdx.x, a[samples] * slices, cuda.gridDim.x):
-            p, t, kind, head, vectors = begin(a, slot // slices)
+            p, _, kind, head, end = begin(a, slot // slices)
             if kind == LIVE:
-                piece = slot % slices
-                steps = (vectors * lanes + step - 1) // step
-                low = head + (steps * piece // slices) * step
-                stop = min(head + (steps * (piece + 1) // slices) * step, head + vectors * lanes)
-                state = empty(a)
-                if piece == 0:
-                    state = odd(a, p, member, state)
-                full_steps = max(stop - low, 0) // step
-                first = low + member * lanes
-                for c in range(first, first + full_steps * step, step):
-                    state = absorb(a, p, c, state)
-                for c in range(first + full_steps * step, stop, width):
-                    state = absorb_one(a, p, c, state)
-                state = total(state)
+                low, stop = piece(a, slot, head, end)
+                others = member if slot % slices == 0 else a[samples]  # the first slice takes the odd classes
+                state = total(sweep(a, p, low, stop, member, odd(a, p, others)))
                 if member == 0:
                     save(a, slot, state)
 
@@ -482,28 +445,27 @@ def _part(k: RowsKernel) -> Any:
 
 def _merge(k: RowsKernel) -> Any:
     f = _Parts(k)
-    start, begin, own_values, empty, absorb_saved, total, finish, count, skip, save, close = (
-        f.start, f.begin, f.own, f.empty, f.absorb_saved, f.total, f.finish, f.count, f.skip, f.save, f.close
+    start, begin, own_values, nothing, absorb_saved, total, finish, count, skip, save, close = (
+        f.start, f.begin, f.own, f.nothing, f.absorb_saved, f.total, f.finish, f.count, f.skip, f.save, f.close
     )  # fmt: skip
-    group, reduced, gradient = k.group, k.reduction is not None, bool(k.grad or k.grad_target)
-    per_block = k.threads // k.group
+    group, per_block, reduced, gradient = k.group, k.threads // k.group, k.reduction is not None, k.differentiates
     samples, slices_at = k.at["samples"], k.at["slices"]
 
     def merge(a):  # type: ignore[no-untyped-def]
         sums, counts, scales = start(a)
         slices, member = a[slices_at], cuda.threadIdx.x % group
-        first_row = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
-        for r in range(first_row, a[samples], cuda.gridDim.x * per_block):
-            p, t, kind, head, vectors = begin(a, r)
+        first = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
+        for r in range(first, a[samples], cuda.gridDim.x * per_block):
+            p, t, kind, _, _ = begin(a, r)
             if kind == LIVE:
                 own = own_values(a, p, t)
-                state = empty(a)
-                for piece in range(member, slices, group):
-                    state = absorb_saved(a, r * slices + piece, state)
-                outcome = finish(a, p, own, total(state), scales)
-                sums, counts = count(p, member, outcome, sums, counts)
+                state = nothing(a)
+                for n in range(member, slices, group):
+                    state = absorb_saved(a, r * slices + n, state)
+                done = finish(a, p, own, total(state), scales)
+                sums, counts = count(p, member, done, sums, counts)
                 if gradient and member == 0:  # the gradient may replace the logits: the target's goes along
-                    save(a, a[samples] * slices + r, own + outcome[3:])
+                    save(a, a[samples] * slices + r, done)
             else:
                 sums, counts = skip(p, member, kind, sums, counts)
         if reduced:
@@ -514,33 +476,21 @@ def _merge(k: RowsKernel) -> Any:
 
 def _spread(k: RowsKernel) -> Any:
     f = _Parts(k)
-    begin, restore, write, write_one, write_odd, blank = (
-        f.begin, f.restore, f.write, f.write_one, f.write_odd, f.blank
-    )  # fmt: skip
-    lanes, width, step, group = k.lanes, k.group * k.lanes, k.step, k.group
-    samples, classes, slices_at = k.at["samples"], k.at["classes"], k.at["slices"]
+    begin, piece, restore, spread, write_odd, blank = f.begin, f.piece, f.restore, f.spread, f.write_odd, f.blank
+    group, samples, classes, slices_at = k.group, k.at["samples"], k.at["classes"], k.at["slices"]
 
-    def spread(a):  # type: ignore[no-untyped-def]
+    def spread_slices(a):  # type: ignore[no-untyped-def]
         slices, member = a[slices_at], cuda.threadIdx.x
         for slot in range(cuda.blockIdx.x, a[samples] * slices, cuda.gridDim.x):
-            r, piece = slot // slices, slot % slices
-            p, t, kind, head, vectors = begin(a, r)
+            r = slot // slices
+            p, t, kind, head, end = begin(a, r)
             if kind == LIVE:
-                steps = (vectors * lanes + step - 1) // step
-                low = head + (steps * piece // slices) * step
-                stop = min(head + (steps * (piece + 1) // slices) * step, head + vectors * lanes)
-                outcome = restore(a, a[samples] * slices + r)
-                own = outcome[:3]
-                if piece == 0:
-                    write_odd(a, p, member, t, outcome, own)
-                full_steps = max(stop - low, 0) // step
-                first = low + member * lanes
-                for c in range(first, first + full_steps * step, step):
-                    write(a, p, c, t, outcome, own)
-                for c in range(first + full_steps * step, stop, width):
-                    write_one(a, p, c, t, outcome, own)
+                done = restore(a, a[samples] * slices + r)
+                if slot % slices == 0:
+                    write_odd(a, p, member, t, done)
+                spread(a, p, piece(a, slot, head, end), member, t, done)
             else:
-                for c in range(piece * group + member, a[classes], slices * group):
+                for c in range(slot % slices * group + member, a[classes], slices * group):
                     blank(a, p, c, kind)
 
-    return spread
+    return spread_slices

@@ -10,10 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..storage import itemsize
-from ..values import Value
 from ..vecmath import where
 from .device import (
     VECTOR_BYTES,
@@ -26,6 +23,7 @@ from .device import (
     fold,
     full,
     integer,
+    lanes_of,
     load,
     load_lanes,
     loop,
@@ -68,7 +66,7 @@ class SamplesKernel(SoftmaxKernel):
         """The masses of class c; None where classes have none."""
         weight = self.weight_of(a, c)
         if self.probabilities is None:
-            return _lanes([self.mass_of(a, None, weight)] * self.lanes) if self.smoothing else None
+            return lanes_of([self.mass_of(a, None, weight)] * self.lanes) if self.smoothing else None
         return each(lambda q: self.mass_of(a, q, weight), self.read_probabilities(a, p, c))
 
     def read_probabilities(self, a: Any, p: Any, c: Int) -> Any:
@@ -86,7 +84,7 @@ class SamplesKernel(SoftmaxKernel):
                 logits.append(load(place, self.logits, self.compute))
             weight = self.weight_of(a, t[n])
             weights.append(full(a[0], self.compute, 1.0) if weight is None else weight)
-        return self.capped(a, _lanes(logits))[0], _lanes(weights)
+        return self.capped(a, lanes_of(logits))[0], lanes_of(weights)
 
     def of_neighbour(self, a: Any, p: Any, name: str, n: int) -> Any:
         """The places of the n-th of the thread's samples, right in the array `name`."""
@@ -112,7 +110,7 @@ class SamplesKernel(SoftmaxKernel):
 
         @emitted
         def empty(a: Any) -> Any:
-            return tuple(_lanes([x] * k.lanes) for x in k.empty(a[0]))
+            return tuple(lanes_of([x] * k.lanes) for x in k.empty(a[0]))
 
         def absorb(classes: int) -> Any:
             @emitted
@@ -138,10 +136,11 @@ class SamplesKernel(SoftmaxKernel):
                 k.upstream_scales(k.of_neighbour(a, p, "upstream", n) if k.upstream else p, Scales(*scales))
                 for n in range(k.lanes)
             ]
-            by, by_z = (_lanes(column) for column in zip(*of_samples, strict=True))
+            by, by_z = (lanes_of(column) for column in zip(*of_samples, strict=True))
 
             def finished(*x: Any) -> Any:
-                return tuple(k.finish(a, x[:size], *x[size : size + 2], Scales(*x[size + 2 :])))
+                z, weight, *scales = x[size:]
+                return tuple(k.finish(a, x[:size], z, weight, Scales(*scales)))
 
             return each(finished, *state, z, weight, by, by_z)
 
@@ -237,7 +236,7 @@ class SamplesKernel(SoftmaxKernel):
             place = k.tile_address(tile)
 
             def put(n: Int, lanes: int) -> None:
-                found = _lanes([load(place + k.skewed(n + j), k.compute, k.compute) for j in range(lanes)])
+                found = lanes_of([load(place + k.skewed(n + j), k.compute, k.compute) for j in range(lanes)])
                 store_lanes(begin + n * k.size("grad"), found, k.grad or "", k.pairs)
 
             over_tile(a, tile, thread, lambda n: put(n, vector), lambda n: put(n, 1))
@@ -291,7 +290,7 @@ def _gradient(k: SamplesKernel, a: Any, done: Outcome, z: Any, bent: Any, mass: 
 
     def plain(z: Any, base: Any, share: Any, by: Any, *mass: Any) -> Any:
         outcome = done._replace(base=base, share=share, scale=by)
-        return k.gradient(a, outcome, z, None, mass[0] if mass else None)
+        return k.gradient(outcome, z, None, mass[0] if mass else None)
 
     g = each(plain, z, done.base, done.share, done.scale, *([] if mass is None else [mass]))
     g = g if hot is None else each(lambda hot, g, pulled: where(hot, g - pulled, g), hot, g, done.pulled)
@@ -304,12 +303,6 @@ def _blank(k: SamplesKernel, a: Any, bad: Any) -> Any:
     return each(lambda bad: where(bad, nan, zero), bad)
 
 
-def _lanes(parts: Any) -> Any:
-    """Lanes of these."""
-    parts = list(parts)
-    return Lanes(parts) if isinstance(parts[0], Value) else np.array(parts)
-
-
 def _equal(numbers: Any, number: Any) -> Any:
     """Which of the integers are `number`."""
-    return _lanes([n == number for n in numbers])
+    return lanes_of([n == number for n in numbers])

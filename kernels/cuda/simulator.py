@@ -24,7 +24,7 @@ class Thread(greenlet):  # type: ignore[misc]
     def __init__(self, block: Block, number: int, place: Sequence[int]) -> None:
         super().__init__(block.call)
         self.block, self.number = block, number
-        self.threadIdx, self.blockIdx = Dim3(*place), Dim3(*block.place)  # noqa: N815 - CUDA's names
+        self.threadIdx, self.blockIdx = Dim3(*place), Dim3(*block.place)
         self.waits_for = ""  # "block" or "warp"
         self.given: Any = None  # to the other lanes of its warp
 
@@ -42,7 +42,7 @@ class Thread(greenlet):  # type: ignore[misc]
         return found
 
 
-class Block(_numba.BlockManager):  # type: ignore[misc,name-defined]
+class Block(_numba.BlockManager):  # type: ignore[misc]
     """The threads of a block."""
 
     def run(self, grid_point: Sequence[int], *arguments: Any) -> None:

@@ -100,7 +100,7 @@ class SoftmaxKernel(Kernel):
     def fields(self) -> tuple[str, ...]:
         """The kernel's arguments. A `NAME_step` is the distance of classes in bytes; strides are those of samples."""
         names = [*FIRST_FIELDS, "samples", "classes", "ignore_index", "factor", "stats", *NUMBERS]
-        names += [name for name in self.arrays] + [f"{name}_step" for name in self.arrays if name in CLASSY]
+        names += [*self.arrays] + [f"{name}_step" for name in self.arrays if name in CLASSY]
         names += ["weight", "weight_step"] if self.weight else []
         names += [f"extent{d}" for d in range(self.ndim)]
         names += [f"{name}_stride{d}" for name in self.arrays for d in range(self.ndim)]
@@ -235,7 +235,7 @@ class SoftmaxKernel(Kernel):
             z_loss, pull = k * lse * lse, pull + 2.0 * k * scales.z * lse
         return Outcome(loss, z_loss, weight, base, pull / exponentials, pulled, lse, scales.loss)
 
-    def gradient(self, a: Any, outcome: Outcome, z: Any, bent: Any, mass: Any) -> Any:
+    def gradient(self, outcome: Outcome, z: Any, bent: Any, mass: Any) -> Any:
         """d loss / d logit of a class that is not the target index."""
         g = self.exp(z - outcome.base) * outcome.share
         g = g if mass is None else g - mass * outcome.scale

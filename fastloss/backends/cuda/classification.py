@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...arrays import View
 from ...kernels.cuda.device import VECTOR_BYTES, WARP
 from ...kernels.cuda.nll import NLLKernel
-from ...kernels.cuda.rows import OUTCOME_BYTES, RowsKernel
+from ...kernels.cuda.rows import SAVED_BYTES, RowsKernel
 from ...kernels.cuda.samples import SamplesKernel
 from ...kernels.cuda.softmax import CLASSY
 from ...kernels.cuda.sums import ROW_BYTES, Reduction
@@ -308,7 +308,7 @@ class SoftmaxRun(_ClassRun):
     ) -> None:
         tuning, samples = self.device.tuning, arrays.samples
         threads = tuning.long_row_threads
-        states = self.scratch((slices + 1) * samples * OUTCOME_BYTES)
+        states = self.scratch((slices + 1) * samples * SAVED_BYTES)
         values = values | {"slices": slices, "states": states.data.address}
         of_slices = {**options, "reduction": None, "group": threads, "threads": threads}
         self.add(RowsKernel(**of_slices, phase="part"), samples * slices, values)

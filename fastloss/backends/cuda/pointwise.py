@@ -78,9 +78,8 @@ class PointwiseRun(Run["PointwiseCall"]):
             stride == (view.data.itemsize,) or total == 1 for stride, view in zip(strides, views, strict=True)
         )
         values = values | {f"array{k}": view.data.address for k, view in enumerate(views)}
-        kernel = PointwiseKernel(
-            call.loss, self.compute, inputs, **options, ndim=0 if dense else len(extents), threads=tuning.pointwise_threads
-        )
+        ndim, threads = 0 if dense else len(extents), tuning.pointwise_threads
+        kernel = PointwiseKernel(call.loss, self.compute, inputs, **options, ndim=ndim, threads=threads)
         head = self._head(views, kernel.lanes) if dense else None
         if head is None or not total:
             values |= {"head": total, "tail": total, "rest": total}
@@ -162,4 +161,4 @@ def _axes(grad: View, shape: Shape) -> list[int | None]:
     """The strides of a gradient along the axes of what its argument was broadcast to."""
     lead = len(shape) - len(grad.shape)
     own = zip(grad.shape, grad.data.strides, shape[lead:], strict=True)
-    return [None] * lead + [None if extent == 1 and whole != 1 else stride for extent, stride, whole in own]
+    return [*[None] * lead, *(None if extent == 1 and whole != 1 else stride for extent, stride, whole in own)]
