@@ -18,6 +18,7 @@ from .plans import Plan
 from .reductions import Sums, rounded
 
 if TYPE_CHECKING:
+    from .backends.cuda.plan import GPUPlan
     from .backends.cuda.run import Run
 
 Shape = tuple[int, ...]
@@ -32,6 +33,7 @@ class Call(ABC):
     out: Any
     check: bool | None  # whether arrays on a GPU are looked at, and waited for, before anything is written
     task: Task | None  # the kernel that ran last
+    run_on_gpu: Run[Any] | None = None  # where arrays are on a GPU
     like: Any  # the array whose library results belong to
 
     @abstractmethod
@@ -63,6 +65,11 @@ class Call(ABC):
         """Everything that is read."""
         return list(self.named_sources.values())
 
+    @property
+    @abstractmethod
+    def given(self) -> tuple[Any, ...]:
+        """The arguments that are arrays, as they were given; None where one was not."""
+
     @abstractmethod
     def on_gpu(self, device: int) -> Run[Any]:
         """How this call runs on a GPU."""
@@ -71,6 +78,11 @@ class Call(ABC):
     @abstractmethod
     def differentiable(self) -> dict[str, tuple[View, Any]]:
         """The arguments that have a gradient, as views and as given."""
+
+    @property
+    @abstractmethod
+    def repeats(self) -> bool:
+        """Whether the next call with these options runs likewise, where input and target are of the same kind."""
 
     @abstractmethod
     def plannable(self) -> tuple[int, int] | None:
@@ -98,8 +110,9 @@ class Call(ABC):
     def evaluate(self) -> Any:
         """The loss."""
         self.prepare(differentiable=False)
-        if run := self.gpu_run():
-            return run.evaluate()
+        self.run_on_gpu = self.gpu_run()
+        if self.run_on_gpu:
+            return self.run_on_gpu.evaluate()
         result = self.result()
         if self.reduction == "none":
             self.run(View(result.data, result.dtype), careful=self.out is not None)
@@ -151,8 +164,10 @@ class Call(ABC):
         """Whether invalid elements on a GPU are an error, for which the call waits."""
         return os.environ.get("FASTLOSS_CHECK", "") not in ("", "0") if self.check is None else self.check
 
-    def plan(self) -> Plan | None:
-        """How this call was run, for the next one like it; None where more than input and target matters."""
+    def plan(self) -> Plan | GPUPlan | None:
+        """How this call was evaluated, for the next one like it; None where more than input and target matters."""
+        if self.run_on_gpu:
+            return self.run_on_gpu.plan()
         numbers = self.plannable() if self.task else None
         if self.task is None or numbers is None or self.reduction == "none" or self.out is not None:
             return None

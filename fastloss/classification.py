@@ -102,6 +102,10 @@ class _ClassCall(Call):
         return {"input": self.x, "target": self.t} | ({"weight": self.w} if self.w else {})
 
     @property
+    def given(self) -> tuple[Any, ...]:
+        return self.input, self.target, self.weight
+
+    @property
     def index(self) -> np.ndarray:
         """Class indices of shape (N, d1, ...)."""
         data: np.ndarray = self.t.data
@@ -160,9 +164,13 @@ class _ClassCall(Call):
             self.check_indices()
         return Sums(raw, self.samples, self.rows)
 
+    @property
+    def repeats(self) -> bool:
+        return self.w is None
+
     def plannable(self) -> tuple[int, int] | None:
         own = _native(self.logits) is self.logits  # and no copy
-        return (LOGITS, INDEX) if self.w is None and own else None
+        return (LOGITS, INDEX) if self.repeats and own else None
 
 
 class SoftmaxCall(_ClassCall):
@@ -225,7 +233,7 @@ class SoftmaxCall(_ClassCall):
         return arguments
 
     def plannable(self) -> tuple[int, int] | None:
-        return None if self.w is not None else (LOGITS, PROBABILITIES if self.by_probability else INDEX)
+        return (LOGITS, PROBABILITIES if self.by_probability else INDEX) if self.repeats else None
 
     @property
     def compute(self) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import dispatch
 from .backends.cpu import Task
 from .kernels.pointwise import SUMS
 from .reductions import Sums, rounded
+
+if TYPE_CHECKING:
+    from .backends.cuda.plan import GPUPlan
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})  # types of options that a key may hold
 _WARNING = frozenset({"size_average", "reduce"})  # options that warn, each time
@@ -56,7 +59,7 @@ class Plans:
     """The plans of one loss function."""
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, Plan | GPUPlan] = {}
         self._lock = threading.Lock()
 
     def key(self, args: tuple[Any, ...], options: dict[str, Any]) -> Hashable:
@@ -82,7 +85,7 @@ class Plans:
         x, y = args
         return plan.run(dispatch.adapter_of(x).address(x), dispatch.adapter_of(y).address(y), x)
 
-    def keep(self, key: Hashable, plan: Plan | None) -> None:
+    def keep(self, key: Hashable, plan: Plan | GPUPlan | None) -> None:
         """Remember a plan."""
         if plan is not None:
             with self._lock:

@@ -94,6 +94,10 @@ class PointwiseCall(Call):
         named = dict(zip(("input", "target", *self.loss.operands), self.inputs, strict=True))
         return named | {"weight": self.w} if self.w else named
 
+    @property
+    def given(self) -> tuple[Any, ...]:
+        return self.input, self.target, *self.operands, self.weight
+
     def on_gpu(self, device: int) -> PointwiseRun:
         from .backends.cuda.pointwise import PointwiseRun
 
@@ -168,9 +172,12 @@ class PointwiseCall(Call):
             raw[SUMS.index("weight")] = self.samples
         return Sums(raw, self.samples, self.rows)
 
+    @property
+    def repeats(self) -> bool:
+        return self.w is None and not self.loss.operands and self.x.shape == self.y.shape
+
     def plannable(self) -> tuple[int, int] | None:
-        alone = self.w is None and not self.loss.operands and self.x.shape == self.y.shape
-        return (0, 1) if alone else None
+        return (0, 1) if self.repeats else None
 
     def raise_invalid(self, x: View, y: View) -> None:
         """Find and name the first element outside the domain, which the kernel only noticed; on the CPU."""

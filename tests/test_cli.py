@@ -1,5 +1,7 @@
 """`fastloss evaluate`: the value of one call in memory, whatever file, chunks and terminal."""
 
+import importlib.metadata
+import importlib.util
 import math
 import os
 import re
@@ -9,6 +11,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -24,6 +27,7 @@ import fastloss
 import reference
 from commands import CE, CLASSES, ONE_ROW, PREPARED, ROWS, fill, result, run
 from fastloss import cli
+from fastloss.kernels import compiler
 from fastloss.plots import Histogram
 
 Array = NDArray[Any]
@@ -263,11 +267,86 @@ def test_many_classes_are_cut_in_the_table_only(folder: Path, capsys: pytest.Cap
 
 def test_version_doctor_and_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version", capture=capsys) == (0, f"fastloss {fastloss.__version__}\n", "")
-    status, out, err = run("doctor", capture=capsys)
-    assert (status, err) == (0, "")
-    assert re.search("^numpy +2", out, re.MULTILINE)
+    facts = doctor(capsys)
+    assert facts["numpy"].startswith("2.")
+    assert facts["kernel cache"] == str(compiler.cache_directory())
+    assert facts["threading layer"] in ("tbb", "omp", "workqueue", "not started")
+    assert facts["NVIDIA driver"]
     done = subprocess.run([sys.executable, "-m", "fastloss", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"fastloss {fastloss.__version__}\n")
+
+
+def doctor(capture: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What `fastloss doctor` prints, by the name of the fact."""
+    status, out, err = run("doctor", capture=capture)
+    assert (status, err) == (0, "")
+    return dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("libcuda"), "no NVIDIA driver found"),  # how cuda-pathfinder says so
+        (Exception("CUDA_ERROR_NO_DEVICE"), "does not work: CUDA_ERROR_NO_DEVICE"),
+    ],
+    ids=["none", "no device"],
+)
+def test_doctor_without_a_gpu(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core = pytest.importorskip("cuda.core")
+
+    def get_all_devices() -> None:
+        raise error
+
+    monkeypatch.setattr(core, "Device", SimpleNamespace(get_all_devices=get_all_devices))
+    facts = doctor(capsys)
+    assert facts["NVIDIA driver"] == line
+    assert not {name for name in facts if name.startswith("GPU")}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["number", "no number"])
+def test_doctor_with_gpus(named: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    core = pytest.importorskip("cuda.core")
+    driver = pytest.importorskip("cuda.bindings.driver")
+
+    def number() -> tuple[int, ...]:
+        if not named:
+            raise RuntimeError("libnvidia-ml")
+        return 580, 65, 6
+
+    gpus = [SimpleNamespace(device_id=k, name=f"Model {k}", compute_capability=(9, k)) for k in range(2)]
+    monkeypatch.setattr(core, "Device", SimpleNamespace(get_all_devices=lambda: tuple(gpus)))
+    monkeypatch.setattr(core, "system", SimpleNamespace(get_kernel_mode_driver_version=number))
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, 13020))
+    facts = doctor(capsys)
+    assert facts["NVIDIA driver"] == ("580.65.06, " if named else "") + "for CUDA up to 13.2"
+    assert facts["GPU 0"] == "Model 0, compute capability 9.0"
+    assert facts["GPU 1"] == "Model 1, compute capability 9.1"
+    gpus.clear()
+    assert doctor(capsys)["GPUs"] == "none"
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing for GPUs is installed; then CuPy alone, under one of the names of its wheels."""
+    installed = {"numpy": "2.3.4"}
+    version, find_spec = importlib.metadata.version, importlib.util.find_spec
+
+    def version_of(package: str) -> str:
+        if package in ("fastloss", "packaging", *installed):
+            return installed.get(package) or version(package)
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba_cuda" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    facts = doctor(capsys)
+    assert facts["numpy"] == "2.3.4"
+    assert facts["cuda-core"] == facts["cuda-bindings"] == facts["cupy"] == "not installed"
+    assert re.fullmatch(r'not installed; .*pip install "fastloss\[cuda12\]" or .*', facts["numba-cuda"])
+    assert facts["NVIDIA driver"] == "not looked for without cuda-core"
+    installed["cupy-cuda13x"] = "14.2.0"
+    assert doctor(capsys)["cupy"] == "14.2.0"
 
 
 def test_help_says_every_loss_and_loads_nothing_heavy() -> None:

@@ -16,7 +16,7 @@ from ...kernels.cuda.samples import SamplesKernel
 from ...kernels.cuda.softmax import CLASSY
 from ...kernels.cuda.sums import ROW_BYTES, Reduction
 from ..layout import Shape, collapse
-from .run import Run
+from .run import Run, Values
 
 if TYPE_CHECKING:
     from ...classification import NLLCall, SoftmaxCall
@@ -31,7 +31,7 @@ class Arrays:
     views: dict[str, View]
     extents: Shape
     strides: dict[str, tuple[int, ...]]  # of samples
-    steps: dict[str, int]  # of classes
+    steps: Values  # of classes
 
     @property
     def samples(self) -> int:
@@ -114,17 +114,17 @@ class _ClassRun(Run[Any]):
         memory = dataclasses.replace(view.data, shape=(1, *view.data.shape), strides=(0, *view.data.strides))
         return view._replace(data=memory)
 
-    def values(self, arrays: Arrays) -> dict[str, int]:
+    def values(self, arrays: Arrays) -> Values:
         """The arguments that all kernels over classes take."""
         call, w = self.call, self.call.w
-        values = {name: view.data.address for name, view in arrays.views.items()}
+        values: Values = dict(arrays.views)
         values |= {f"{name}_step": step for name, step in arrays.steps.items()}
         values |= {f"extent{d}": extent for d, extent in enumerate(arrays.extents)}
         for name, strides in arrays.strides.items():
             values |= {f"{name}_stride{d}": stride for d, stride in enumerate(strides)}
         values |= {"samples": arrays.samples, "classes": call.classes, "ignore_index": call.ignore_index}
         if w is not None:
-            values |= {"weight": w.data.address, "weight_step": w.data.strides[0]}
+            values |= {"weight": w, "weight_step": w.data.strides[0]}
         return values
 
     def options(self, arrays: Arrays, upstream: Any) -> dict[str, Any]:
@@ -152,23 +152,24 @@ class _ClassRun(Run[Any]):
         if not self.call.by_probability:
             row = self.statistics()
             self.start([])
+            self.forget()
             if self.read_row(row)[7]:
                 self.raise_invalid()
 
     def raise_invalid(self) -> None:
         self.call.raise_invalid(self.host(self.call.t))
 
-    def scales(self, upstream: Any, gradient: bool) -> dict[str, int]:
+    def scales(self, upstream: Any, gradient: bool) -> Values:
         """The arguments that gradients are multiplied by."""
         call = self.call
         number = 1.0 if upstream is None or isinstance(upstream, View) else upstream
         mean = gradient and call.reduction == "mean"
         constant = number / call.samples if mean and call.by_probability and call.samples else number
-        values = {"scale": self.bits(constant), "scale_z": self.bits(constant)}
+        values: Values = {"scale": self.bits(constant), "scale_z": self.bits(constant)}
         if mean and not call.by_probability:
-            values["stats"] = self.statistics().data.address
+            values["stats"] = self.statistics()
         if isinstance(upstream, View) and call.reduction != "none":
-            values["factor"] = upstream.data.address
+            values["factor"] = upstream
         return values
 
     def by_weight(self, gradient: bool) -> bool:
@@ -234,8 +235,7 @@ class SoftmaxRun(_ClassRun):
             "reduction": self.reduction(result, raw, z_loss),
         }
         smoothing = call.label_smoothing
-        values = self.values(arrays) | self.scales(upstream, bool(grads))
-        values["divisor"] = call.samples
+        values = {**self.values(arrays), **self.scales(upstream, bool(grads)), "divisor": call.samples}
         values |= {
             "keep": self.bits(1.0 - smoothing),
             "share": self.bits(smoothing / max(call.classes, 1)),
@@ -255,7 +255,7 @@ class SoftmaxRun(_ClassRun):
         return classes <= tuning.tile_classes and not self.call.by_probability and arrays.tiled()
 
     def _queue_samples(
-        self, arrays: Arrays, options: dict[str, Any], values: dict[str, int], result: View | None
+        self, arrays: Arrays, options: dict[str, Any], values: Values, result: View | None
     ) -> None:
         classes, tuning = self.call.classes, self.device.tuning
         threads, tile, lanes = tuning.sample_threads, 0, 1
@@ -269,7 +269,7 @@ class SoftmaxRun(_ClassRun):
         self.add_reduced(kernel, min(blocks, self.grid(tuning.row_blocks)), values, result)
 
     def _queue_rows(
-        self, arrays: Arrays, options: dict[str, Any], values: dict[str, int], result: View | None, gradient: bool
+        self, arrays: Arrays, options: dict[str, Any], values: Values, result: View | None, gradient: bool
     ) -> None:
         classes, tuning = self.call.classes, self.device.tuning
         lanes = arrays.row_lanes()
@@ -301,7 +301,7 @@ class SoftmaxRun(_ClassRun):
         self,
         arrays: Arrays,
         options: dict[str, Any],
-        values: dict[str, int],
+        values: Values,
         result: View | None,
         gradient: bool,
         slices: int,
@@ -309,7 +309,7 @@ class SoftmaxRun(_ClassRun):
         tuning, samples = self.device.tuning, arrays.samples
         threads = tuning.long_row_threads
         states = self.scratch((slices + 1) * samples * SAVED_BYTES)
-        values = values | {"slices": slices, "states": states.data.address}
+        values = {**values, "slices": slices, "states": states}
         of_slices = {**options, "reduction": None, "group": threads, "threads": threads}
         self.add(RowsKernel(**of_slices, phase="part"), samples * slices, values)
         merge = RowsKernel(**options, phase="merge", group=WARP, threads=tuning.row_threads[0])
@@ -346,4 +346,4 @@ class NLLRun(_ClassRun):
                 threads=threads,
             )
             blocks = min(-(-arrays.samples * group // threads), self.grid(tuning.pointwise_blocks) * 4)
-            self.add(kernel, blocks, self.values(arrays) | self.scales(upstream, True))
+            self.add(kernel, blocks, {**self.values(arrays), **self.scales(upstream, True)})

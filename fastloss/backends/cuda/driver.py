@@ -21,7 +21,7 @@ MAX_BLOCKS = 2**31 - 1
 
 
 class Launch:
-    """A kernel and how it is launched; `arguments` may be given anew."""
+    """A kernel and how it is launched."""
 
     __slots__ = ("arguments", "blocks", "config", "function", "kernel")
 
@@ -98,20 +98,23 @@ class Device:
         with self.current():
             return ObjectCode.from_cubin(code).get_kernel(name)
 
-    def launch(self, launches: Sequence[Launch], stream: int) -> None:
-        """Queue kernels on a stream, one after the other."""
+    def launch(
+        self, launches: Sequence[Launch], stream: int, arguments: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Queue kernels on a stream, one after the other; with other `arguments` than theirs where these are given."""
+        arguments = arguments or [one.arguments for one in launches]
         if SIMULATED:
             from ...kernels.cuda import simulator
 
-            for one in launches:
-                simulator.launch(one.function, one.blocks, one.kernel.threads, one.arguments)
+            for one, given in zip(launches, arguments, strict=True):
+                simulator.launch(one.function, one.blocks, one.kernel.threads, given)
             return
         from cuda.core import Stream, launch
 
         handle = Stream.from_handle(stream)
         with self.current():
-            for one in launches:
-                launch(handle, one.config, one.function, *one.arguments)
+            for one, given in zip(launches, arguments, strict=True):
+                launch(handle, one.config, one.function, *given)
 
     def wait_for(self, producers: set[int], stream: int) -> None:
         """Let work that is queued on `stream` from now on wait for what is queued on others."""

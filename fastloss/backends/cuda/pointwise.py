@@ -10,7 +10,7 @@ from ...arrays import View
 from ...kernels.cuda.pointwise import COPY, PointwiseKernel
 from ...kernels.cuda.sums import ROW_BYTES, Reduction
 from ..layout import Shape, collapse
-from .run import Run, broadcast
+from .run import Run, Values, broadcast
 
 if TYPE_CHECKING:
     from ...pointwise import PointwiseCall
@@ -33,12 +33,12 @@ class PointwiseRun(Run["PointwiseCall"]):
         }
         divided = bool(grads) and call.reduction in ("mean", "batchmean")
         by_weight = divided and call.weighted_mean
-        values = {"scale": self.bits(self._scale(upstream, divided and not by_weight))}
+        values: Values = {"scale": self.bits(self._scale(upstream, divided and not by_weight))}
         if by_weight:
-            values["stats"] = self._sum_of_weights().data.address
+            values["stats"] = self._sum_of_weights()
         factor = upstream if isinstance(upstream, View) and not none else None
         if factor is not None:
-            values["factor"] = factor.data.address
+            values["factor"] = factor
         reduction = None if result is None else self._reduction(result, raw)
         values["divisor"] = call.rows if call.reduction == "batchmean" else call.samples
         for k, number in enumerate(call.parameters):
@@ -66,7 +66,7 @@ class PointwiseRun(Run["PointwiseCall"]):
         sinks: list[View],
         shape: Shape,
         options: dict[str, Any],
-        values: dict[str, int],
+        values: Values,
         result: View | None,
     ) -> None:
         call, tuning = self.call, self.device.tuning
@@ -77,7 +77,7 @@ class PointwiseRun(Run["PointwiseCall"]):
         dense = len(extents) == 1 and all(
             stride == (view.data.itemsize,) or total == 1 for stride, view in zip(strides, views, strict=True)
         )
-        values = values | {f"array{k}": view.data.address for k, view in enumerate(views)}
+        values |= {f"array{k}": view for k, view in enumerate(views)}
         ndim, threads = 0 if dense else len(extents), tuning.pointwise_threads
         kernel = PointwiseKernel(call.loss, self.compute, inputs, **options, ndim=ndim, threads=threads)
         head = self._head(views, kernel.lanes) if dense else None
@@ -88,8 +88,9 @@ class PointwiseRun(Run["PointwiseCall"]):
             head = min(head, total)
             chunks = (total - head) // kernel.chunk
             tail = head + chunks * kernel.chunk
-            values |= {"chunks": chunks, "head": head, "tail": tail, "rest": total - chunks * kernel.chunk}
-            blocks = max(chunks, -(-values["rest"] // kernel.threads))
+            rest = total - chunks * kernel.chunk
+            values |= {"chunks": chunks, "head": head, "tail": tail, "rest": rest}
+            blocks = max(chunks, -(-rest // kernel.threads))
         if not dense:
             for d, extent in enumerate(extents):
                 values[f"extent{d}"] = extent
@@ -131,7 +132,7 @@ class PointwiseRun(Run["PointwiseCall"]):
             threads=self.device.tuning.pointwise_threads,
         )
         total = math.prod(extents)
-        values = {"array0": w.data.address, "head": total, "rest": total}
+        values: Values = {"array0": w, "head": total, "rest": total}
         for d, extent in enumerate(extents):
             values |= {f"extent{d}": extent, f"stride0_{d}": strides[0][d]}
         blocks = min(-(-total // kernel.threads), self.grid(self.device.tuning.pointwise_blocks))

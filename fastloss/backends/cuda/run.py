@@ -19,11 +19,13 @@ from ...kernels.cuda.sums import COUNT, INVALID, PAIRS, ROW_BYTES, Combination, 
 from ...kernels.pointwise import SUMS
 from ..layout import Shape, as_floats, collapse
 from .driver import Launch, device
+from .plan import GPUPlan
 
 if TYPE_CHECKING:
     from ...call import Call
 
 C = TypeVar("C", bound="Call")
+Values = dict[str, "int | View"]  # arguments of a kernel: numbers, and memory by its address
 
 
 class Output:
@@ -45,7 +47,9 @@ class Run(ABC, Generic[C]):
         self.adapter = dispatch.adapter_of(call.like)
         self.stream = self.adapter.stream(call.like)
         self.launches: list[Launch] = []
-        self._keep: list[Any] = []  # arrays that kernels work in
+        self.output_view: View | None = None  # of `evaluate`
+        self._temporaries: list[View] = []  # memory that kernels work in, kept until they are queued
+        self._places: list[tuple[int, int, View]] = []  # which launch's which argument is the address of what
         self._copies: list[tuple[View, View]] = []
 
     # what a loss has to say
@@ -73,6 +77,7 @@ class Run(ABC, Generic[C]):
         losses, reduced = (self.target(result), None) if none else (None, self.target(result))
         self.queue(losses, reduced, {}, None)
         self.start([result])
+        self.output_view = losses or reduced
         return result.array
 
     def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -115,12 +120,29 @@ class Run(ABC, Generic[C]):
         row = self.scratch(ROW_BYTES)
         self.queue_check(row)
         self.start([])
+        self.forget()
         if self.read_row(row)[INVALID]:
             self.raise_invalid()
+
+    def forget(self) -> None:
+        """What was launched is not part of what a plan repeats."""
+        self.launches, self._places, self._temporaries = [], [], []
 
     def queue_check(self, row: View) -> None:
         """Queue kernels whose row of sums tells whether an element is invalid."""
         self.queue(None, row, {}, None, raw=True)
+
+    def plan(self) -> GPUPlan | None:
+        """How `evaluate` ran this call, for the next one like it; None where that may run otherwise."""
+        call, views = self.call, self.call.sources
+        repeats = call.repeats and call.out is None and not call.checked and hasattr(self.adapter, "key")
+        if not repeats or self.output_view is None or self._synchronises:
+            return None
+        addresses = [view.data.address for view in (*views, self.output_view, *self._temporaries)]
+        if len(set(addresses)) < len(addresses):  # which is which would be a guess
+            return None
+        patches = [(launch, argument, addresses.index(view.data.address)) for launch, argument, view in self._places]
+        return GPUPlan(self.device, self.adapter, self.launches, patches, views, self.output_view, self._temporaries)
 
     # memory
 
@@ -142,10 +164,11 @@ class Run(ABC, Generic[C]):
         return output.view
 
     def temporary(self, shape: Shape, dtype: str) -> View:
-        """New memory in C order, kept until the kernels are queued."""
+        """New memory in C order."""
         array = self.adapter.empty(shape, dtype, self.call.like)
-        self._keep.append(array)
-        return dispatch.view(array, "temporary", differentiable=True)
+        view = dispatch.view(array, "temporary", differentiable=True)
+        self._temporaries.append(view)
+        return view
 
     def scratch(self, nbytes: int) -> View:
         """New memory of 64-bit words."""
@@ -153,21 +176,27 @@ class Run(ABC, Generic[C]):
 
     # kernels
 
-    def add(self, kernel: Kernel, blocks: int, values: Mapping[str, int]) -> None:
+    def add(self, kernel: Kernel, blocks: int, values: Values) -> None:
         """Queue a kernel; arguments that are not named are 0."""
-        arguments = tuple(values.get(name, 0) for name in kernel.fields)
+        arguments = []
+        for k, name in enumerate(kernel.fields):
+            value = values.get(name, 0)
+            if isinstance(value, View):
+                self._places.append((len(self.launches), k, value))
+                value = value.data.address
+            arguments.append(value)
         self.launches.append(self.device.prepare(kernel, blocks, arguments))
 
-    def add_reduced(self, kernel: Any, blocks: int, values: dict[str, int], result: View | None) -> None:
+    def add_reduced(self, kernel: Any, blocks: int, values: Values, result: View | None) -> None:
         """The same for a kernel with a reduction, whose blocks' sums are added up by another kernel."""
         reduction: Reduction | None = kernel.reduction
         blocks = max(1, blocks)
         if reduction is None or result is None:
             self.add(kernel, blocks, values)
             return
-        values = values | {"result": result.data.address, "rows": blocks}
+        values = values | {"result": result, "rows": blocks}
         if blocks > 1:
-            values["partials"] = self.scratch(blocks * ROW_BYTES).data.address
+            values["partials"] = self.scratch(blocks * ROW_BYTES)
         self.add(kernel, blocks, values)
         if blocks > 1:
             threads = self.device.tuning.pointwise_threads
@@ -179,9 +208,8 @@ class Run(ABC, Generic[C]):
         kept = [d for d, stride in enumerate(to) if stride is not None]
         folded = [d for d, stride in enumerate(to) if stride is None]
         shape, strides = source.shape, source.data.strides
-        values = {"source": source.data.address, "result": result.data.address}
-        values["outputs"] = math.prod(shape[d] for d in kept)
-        values["terms"] = math.prod(shape[d] for d in folded)
+        outputs, terms = (math.prod(shape[d] for d in axes) for axes in (kept, folded))
+        values: Values = {"source": source, "result": result, "outputs": outputs, "terms": terms}
         for n, d in enumerate(kept):
             values |= {f"extent{n}": shape[d], f"from{n}": strides[d], f"to{n}": to[d] or 0}
         for n, d in enumerate(folded):
@@ -193,9 +221,9 @@ class Run(ABC, Generic[C]):
             result=result.dtype,
             kept=len(kept),
             folded=len(folded),
-            threads=tuning.pointwise_threads if values["terms"] > WARP else WARP,
+            threads=tuning.pointwise_threads if terms > WARP else WARP,
         )
-        self.add(kernel, min(values["outputs"], self.grid(tuning.pointwise_blocks)), values)
+        self.add(kernel, min(outputs, self.grid(tuning.pointwise_blocks)), values)
 
     def grid(self, per_multiprocessor: int) -> int:
         """Blocks that keep the GPU busy."""
@@ -205,23 +233,28 @@ class Run(ABC, Generic[C]):
         """Launch what is queued, and the copies into results that would have overwritten what was read."""
         for source, result in self._copies:
             self._copy(source, result)
+        self._copies.clear()
         views = [*self.call.sources, *(output.view for output in outputs)]
         self.device.wait_for({view.data.stream for view in views if view.data.stream is not None}, self.stream)
         self.device.launch(self.launches, self.stream)
-        self.launches = []
-        self._copies.clear()
-        if outputs and getattr(self.adapter, "SYNCHRONISES", False):
+        if outputs and self._synchronises:
             self.device.synchronize(self.stream)
+
+    @property
+    def _synchronises(self) -> bool:
+        """Whether an argument's library would not wait for our stream, with its memory or with a result."""
+        adapters = [dispatch.adapter_of(array) for array in self.call.given if array is not None]
+        return any(getattr(adapter, "SYNCHRONISES", False) for adapter in adapters)
 
     def _copy(self, source: View, result: View) -> None:
         compute = "float64" if source.dtype == "float64" else "float32"
         shape, strides = collapse(result.shape, [source.data.strides, result.data.strides])
         kernel = PointwiseKernel(COPY, compute, (source.dtype,), losses=result.dtype, ndim=len(shape))
-        values = {"rest": math.prod(shape), "array0": source.data.address, "array1": result.data.address}
-        values["head"] = values["rest"]
+        total = math.prod(shape)
+        values: Values = {"head": total, "rest": total, "array0": source, "array1": result}
         for d, extent in enumerate(shape):
             values |= {f"extent{d}": extent, f"stride0_{d}": strides[0][d], f"stride1_{d}": strides[1][d]}
-        self.add(kernel, -(-values["rest"] // kernel.threads), values)
+        self.add(kernel, -(-total // kernel.threads), values)
 
     # numbers
 

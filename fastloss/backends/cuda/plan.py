@@ -1,0 +1,44 @@
+"""How a call ran on a GPU, for the next one on arrays of the same kind: only addresses and the stream are new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from ...arrays import View
+from ...kernels.cuda.device import VECTOR_BYTES
+from .driver import Device, Launch
+
+
+class GPUPlan:
+    """The launches of a loss that has no arrays but input and target. `patches` say which launch's which argument is
+    the address of what: 0 and 1 are input and target, 2 the result, and so on the temporaries."""
+
+    def __init__(
+        self,
+        device: Device,
+        adapter: ModuleType,
+        launches: Sequence[Launch],
+        patches: Sequence[tuple[int, int, int]],
+        sources: Sequence[View],
+        result: View,
+        temporaries: Sequence[View],
+    ) -> None:
+        self.device, self.adapter, self.launches, self.patches = device, adapter, launches, patches
+        self._alignment = tuple(view.data.address % VECTOR_BYTES for view in sources)
+        self._new = [(view.shape, view.dtype) for view in (result, *temporaries)]
+        self._templates = [list(launch.arguments) for launch in launches]
+
+    def run(self, x: int, y: int, like: Any) -> Any:
+        """The loss of arrays at these addresses; None where they are aligned otherwise."""
+        if (x % VECTOR_BYTES, y % VECTOR_BYTES) != self._alignment:
+            return None
+        adapter = self.adapter
+        arrays = [adapter.empty(shape, dtype, like) for shape, dtype in self._new]
+        addresses = (x, y, *map(adapter.address, arrays))
+        arguments = [template.copy() for template in self._templates]
+        for launch, argument, of in self.patches:
+            arguments[launch][argument] = addresses[of]
+        self.device.launch(self.launches, adapter.stream(like), arguments)
+        return arrays[0]
