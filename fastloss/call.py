@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -162,7 +161,7 @@ class Call(ABC):
     @property
     def checked(self) -> bool:
         """Whether invalid elements on a GPU are an error, for which the call waits."""
-        return os.environ.get("FASTLOSS_CHECK", "") not in ("", "0") if self.check is None else self.check
+        return checks.requested() if self.check is None else self.check
 
     def plan(self) -> Plan | GPUPlan | None:
         """How this call was evaluated, for the next one like it; None where more than input and target matters."""

@@ -118,14 +118,14 @@ class Device:
 
     def wait_for(self, producers: set[int], stream: int) -> None:
         """Let work that is queued on `stream` from now on wait for what is queued on others."""
-        others = {producer for producer in producers if _canonical(producer) != _canonical(stream)}
+        others = {_canonical(producer) for producer in producers} - {_canonical(stream)}
         if SIMULATED or not others:
             return
         from cuda.core import Stream
 
         with self.current():
             for other in others:
-                Stream.from_handle(stream).wait(Stream.from_handle(_canonical(other)).record())
+                Stream.from_handle(stream).wait(Stream.from_handle(other))
 
     def synchronize(self, stream: int) -> None:
         """Wait for all that is queued on a stream."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from ... import checks
 from ...arrays import View
 from ...kernels.cuda.device import VECTOR_BYTES
 from .driver import Device, Launch
@@ -31,8 +32,8 @@ class GPUPlan:
         self._templates = [list(launch.arguments) for launch in launches]
 
     def run(self, x: int, y: int, like: Any) -> Any:
-        """The loss of arrays at these addresses; None where they are aligned otherwise."""
-        if (x % VECTOR_BYTES, y % VECTOR_BYTES) != self._alignment:
+        """The loss of arrays at these addresses; None where they are aligned otherwise, or must be looked at first."""
+        if (x % VECTOR_BYTES, y % VECTOR_BYTES) != self._alignment or checks.requested():
             return None
         adapter = self.adapter
         arrays = [adapter.empty(shape, dtype, like) for shape, dtype in self._new]
