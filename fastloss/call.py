@@ -123,8 +123,9 @@ class Call(ABC):
     def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """The loss and its gradients by the arguments `names`, in one pass where the kernel can."""
         self.prepare(differentiable=True)
-        if run := self.gpu_run():
-            return run.value_and_grad(names, grad_output, grad_outs)
+        self.run_on_gpu = self.gpu_run()
+        if self.run_on_gpu:
+            return self.run_on_gpu.value_and_grad(names, grad_output, grad_outs)
         result = self.result()
         upstream = self._upstream(grad_output)
         grads = [self.gradient(name, out) for name, out in zip(names, grad_outs, strict=True)]
@@ -173,6 +174,11 @@ class Call(ABC):
         wrap = dispatch.adapter_of(self.like).wrap
         dtype = self.dtype or self.result_dtype
         return Plan(self.task, numbers, self.samples, self.rows, self.reduction, self.weighted_mean, dtype, wrap)
+
+    def gradient_plan(self) -> GPUPlan | None:
+        """How this call's value and gradients were found, for the next one like it: on a GPU only, whose work does not
+        hide the time that a call takes."""
+        return self.run_on_gpu.plan() if self.run_on_gpu else None
 
     def result(self) -> Result:
         """Memory for the loss."""

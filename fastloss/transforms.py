@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .call import Call
+from .plans import Plans
 
 _NAMES = ("input", "target", "weight")
 
@@ -44,11 +45,20 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     parameters = list(inspect.signature(call).parameters)
     names = [_name(parameters, position) for position in positions]
 
+    plans = Plans()
+
     def differentiated(*args: Any, grad_output: Any = None, grad_out: Any = None, **kwargs: Any) -> Any:
+        key = plans.key(args, kwargs) if grad_output is None and grad_out is None else None
+        if key is not None and (found := plans.run(key, args)) is not None:
+            value, *grads = found
+            return value, tuple(grads) if several else grads[0]
         outs = grad_out if several and grad_out is not None else [grad_out] * len(names)
         if len(outs) != len(names):
             raise ValueError(f"grad_out has {len(outs)} arrays, expected one for each of argnums {positions}")
-        value, grads = call(*args, **kwargs).value_and_grad(names, grad_output, outs)
+        made = call(*args, **kwargs)
+        value, grads = made.value_and_grad(names, grad_output, outs)
+        if key is not None:
+            plans.keep(key, made.gradient_plan())
         return value, tuple(grads) if several else grads[0]
 
     return differentiated

@@ -14,7 +14,7 @@ from .driver import Device, Launch
 
 class GPUPlan:
     """The launches of a loss that has no arrays but input and target. `patches` say which launch's which argument is
-    the address of what: 0 and 1 are input and target, 2 the result, and so on the temporaries."""
+    the address of what: input and target come first, then what is returned, then temporaries."""
 
     def __init__(
         self,
@@ -23,16 +23,18 @@ class GPUPlan:
         launches: Sequence[Launch],
         patches: Sequence[tuple[int, int, int]],
         sources: Sequence[View],
-        result: View,
+        results: Sequence[View],
         temporaries: Sequence[View],
     ) -> None:
         self.device, self.adapter, self.launches, self.patches = device, adapter, launches, patches
         self._alignment = tuple(view.data.address % VECTOR_BYTES for view in sources)
-        self._new = [(view.shape, view.dtype) for view in (result, *temporaries)]
+        self._new = [(view.shape, view.dtype) for view in (*results, *temporaries)]
+        self._n_results = len(results)
         self._templates = [list(launch.arguments) for launch in launches]
 
     def run(self, x: int, y: int, like: Any) -> Any:
-        """The loss of arrays at these addresses; None where they are aligned otherwise, or must be looked at first."""
+        """The loss of arrays at these addresses, with its gradients where they were asked for; None where the arrays
+        are aligned otherwise, or must be looked at first."""
         if (x % VECTOR_BYTES, y % VECTOR_BYTES) != self._alignment or checks.requested():
             return None
         adapter = self.adapter
@@ -42,4 +44,4 @@ class GPUPlan:
         for launch, argument, of in self.patches:
             arguments[launch][argument] = addresses[of]
         self.device.launch(self.launches, adapter.stream(like), arguments)
-        return arrays[0]
+        return arrays[0] if self._n_results == 1 else arrays[: self._n_results]

@@ -47,7 +47,7 @@ class Run(ABC, Generic[C]):
         self.adapter = dispatch.adapter_of(call.like)
         self.stream = self.adapter.stream(call.like)
         self.launches: list[Launch] = []
-        self.output_view: View | None = None  # of `evaluate`
+        self._outputs: list[Output] = []
         self._temporaries: list[View] = []  # memory that kernels work in, kept until they are queued
         self._places: list[tuple[int, int, View]] = []  # which launch's which argument is the address of what
         self._copies: list[tuple[View, View]] = []
@@ -77,7 +77,6 @@ class Run(ABC, Generic[C]):
         losses, reduced = (self.target(result), None) if none else (None, self.target(result))
         self.queue(losses, reduced, {}, None)
         self.start([result])
-        self.output_view = losses or reduced
         return result.array
 
     def value_and_grad(self, names: Sequence[str], grad_output: Any, grad_outs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -133,16 +132,19 @@ class Run(ABC, Generic[C]):
         self.queue(None, row, {}, None, raw=True)
 
     def plan(self) -> GPUPlan | None:
-        """How `evaluate` ran this call, for the next one like it; None where that may run otherwise."""
-        call, views = self.call, self.call.sources
-        repeats = call.repeats and call.out is None and not call.checked and hasattr(self.adapter, "key")
-        if not repeats or self.output_view is None or self._synchronises:
+        """How this call ran, for the next one like it; None where that may run otherwise."""
+        call = self.call
+        new = [output.view for output in self._outputs]
+        libraries = {dispatch.adapter_of(array) for array in call.given if array is not None}
+        if not call.repeats or call.checked or self._synchronises or any(output.given for output in self._outputs):
             return None
-        addresses = [view.data.address for view in (*views, self.output_view, *self._temporaries)]
+        if libraries != {self.adapter} or not hasattr(self.adapter, "key"):
+            return None
+        addresses = [view.data.address for view in (*call.sources, *new, *self._temporaries)]
         if len(set(addresses)) < len(addresses):  # which is which would be a guess
             return None
         patches = [(launch, argument, addresses.index(view.data.address)) for launch, argument, view in self._places]
-        return GPUPlan(self.device, self.adapter, self.launches, patches, views, self.output_view, self._temporaries)
+        return GPUPlan(self.device, self.adapter, self.launches, patches, call.sources, new, self._temporaries)
 
     # memory
 
@@ -231,6 +233,7 @@ class Run(ABC, Generic[C]):
 
     def start(self, outputs: Sequence[Output]) -> None:
         """Launch what is queued, and the copies into results that would have overwritten what was read."""
+        self._outputs = list(outputs)
         for source, result in self._copies:
             self._copy(source, result)
         self._copies.clear()
