@@ -2,7 +2,7 @@
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import bce_logs, where
+from .vecmath import bce_logs, reciprocal, where
 
 
 def value(x: Value, y: Value) -> Value:
@@ -13,7 +13,7 @@ def value(x: Value, y: Value) -> Value:
 def grad(x: Value, y: Value) -> Value:
     x, y = wide(x), wide(y)
     slope = (1 - x) * x
-    return (x - y) / where(slope < 1e-12, 1e-12, slope)  # torch's guard: finite at x = 0 and x = 1
+    return (x - y) * reciprocal(where(slope < 1e-12, 1e-12, slope))  # torch's guard: finite at x = 0 and x = 1
 
 
 def grad_target(x: Value, y: Value) -> Value:

@@ -6,7 +6,7 @@ so the relative error stays within a few ulp down to the smallest loss, and at i
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import exp, log1p_exp_neg, where
+from .vecmath import exp_neg, log1p_exp_neg, reciprocal, where
 
 
 def value(x: Value, y: Value) -> Value:
@@ -44,8 +44,8 @@ def _linear(x: Value, positive: Value, negative: Value) -> Value:
 
 def _tails(x: Value) -> tuple[Value, Value]:
     """sigmoid(-|x|) and sigmoid(|x|)."""
-    e = exp(-abs(x))
-    r = 1 / (1 + e)
+    e = exp_neg(abs(x))  # of which the loss has most already
+    r = reciprocal(1 + e)
     return e * r, r
 
 

@@ -149,6 +149,10 @@ class Value:
 
     def rint(self) -> Value: return self.call("llvm.rint")
 
+    def reciprocal(self) -> Value:
+        """1 / self where both are normal numbers."""
+        return 1.0 / self
+
     def call(self, name: str, *args: Value, result: ir.Type | None = None) -> Value:
         """Call the intrinsic `name`, overloaded on my type."""
         suffix = f"v{self.lanes}{NAME[self.elem]}" if self.lanes > 1 else NAME[self.elem]

@@ -232,6 +232,19 @@ def _exp_neg(a: Value) -> tuple[Value, Value, Value]:
     return p, q.fma(r, 1.0 - p), _power_of_2(n) * 2.0**-k.precision
 
 
+@on_arrays(lambda np, a: np.exp(-a))
+def exp_neg(a: Value) -> Value:
+    """exp(-a) for a >= 0, out of what `log1p_exp_neg` and `sigmoid` compute as well."""
+    p, _, scale = _exp_neg(a)
+    return p * scale
+
+
+@on_arrays(lambda np, x: 1 / x)
+def reciprocal(x: Value) -> Value:
+    """1 / x where both are normal numbers; NaN of NaN."""
+    return x.reciprocal()
+
+
 @on_arrays(lambda np, a: np.log1p(np.exp(-a)))
 def log1p_exp_neg(a: Value) -> Value:
     """log(1 + exp(-a)) for a >= 0, to the last bits of its tail."""

@@ -21,6 +21,12 @@ class Kernel(ABC):
 
     threads: int = 256  # of a block, a power of 2 and at least a warp
     pairs: bool = True  # sm_80 and newer round two halves by one instruction
+    long: bool = False  # there are more than 2**31 - 1 elements or samples
+
+    @property
+    def wanted_threads(self) -> int:
+        """Threads of a multiprocessor that its registers are to suffice for."""
+        return 512
 
     @property
     @abstractmethod
@@ -47,7 +53,7 @@ def cubin(kernel: Kernel, capability: Capability) -> tuple[bytes, str]:
     """Machine code and the name of its entry; no GPU and no driver is needed."""
     key = kernel.key
     if key is not None:
-        key = ("cubin", key, kernel.threads, capability, _versions())
+        key = ("cubin", key, kernel.threads, kernel.pairs, kernel.long, capability, _versions())
     content = cached(key, lambda: _compiled(kernel, capability))
     name, _, code = content.partition(b"\0")
     return code, name.decode()
@@ -68,7 +74,7 @@ def _compiled(kernel: Kernel, capability: Capability) -> bytes:
         device=False,
         abi="numba",
         output="ltoir",
-        launch_bounds=kernel.threads,
+        launch_bounds=(kernel.threads, max(1, kernel.wanted_threads // kernel.threads)),
     )
     arch = "sm_{}{}".format(*capability)
     linker = Linker(ObjectCode.from_ltoir(ltoir), options=LinkerOptions(arch=arch, link_time_optimization=True))

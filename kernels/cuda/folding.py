@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..exact import two_sum
 from .build import Kernel
-from .device import Int, Lanes, barrier, cuda, emitted, load, store, thread_index, when
-from .sums import add_pair, block_total, no_sums, total_of
+from .device import Int, Lanes, barrier, cuda, divided, emitted, load, store, thread_index, when
+from .sums import block_total, no_sums, total_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,8 @@ class FoldingKernel(Kernel):
 
         def place(a: Any, base: Int, i: Int, dimensions: int, extent: str, stride: str) -> Int:
             for d in reversed(range(dimensions)):
-                inner = i % a[at[f"{extent}{d}"]] if d else i
+                i, inner = divided(i, a[at[f"{extent}{d}"]], k.long) if d else (i, i)
                 base = base + inner * a[at[f"{stride}{d}"]]
-                i = i // a[at[f"{extent}{d}"]] if d else i
             return base
 
         @emitted
@@ -53,7 +53,7 @@ class FoldingKernel(Kernel):
         def add(a: Any, o: Int, i: Int, sums: Any) -> Any:
             begin = place(a, a[at["source"]], o, k.kept, "extent", "from")
             x = load(place(a, begin, i, k.folded, "terms_extent", "terms_from"), k.source, k.compute)
-            return Lanes([*add_pair(sums[:2], x, 0.0), *sums[2:]])
+            return Lanes([*two_sum(sums[:2], x), *sums[2:]])
 
         @emitted
         def finish(a: Any, o: Int, sums: Any, counts: Any) -> None:
@@ -65,10 +65,14 @@ class FoldingKernel(Kernel):
         outputs, terms, threads = at["outputs"], at["terms"], k.threads
 
         def fold_axes(a):  # type: ignore[no-untyped-def]
-            for o in range(cuda.blockIdx.x, a[outputs], cuda.gridDim.x):
+            o = cuda.blockIdx.x
+            while o < a[outputs]:
                 sums, counts = start(a)
-                for i in range(cuda.threadIdx.x, a[terms], threads):
+                i = cuda.threadIdx.x
+                while i < a[terms]:
                     sums = add(a, o, i, sums)
+                    i += threads
                 finish(a, o, sums, counts)
+                o += cuda.gridDim.x
 
         return fold_axes

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..exact import two_sum
 from ..vecmath import where
 from .device import Int, Lanes, cuda, emitted, full, integer, load, store, when
 from .softmax import INVALID, LIVE, SoftmaxKernel
-from .sums import Reduction, add_pair, closing, no_sums
+from .sums import Reduction, closing, no_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class NLLKernel(SoftmaxKernel):
 
             loss, weight = when(kind == LIVE, live, lambda: [where(kind == INVALID, nan, zero), zero])
             k.write_loss(p, loss)
-            parts = [*add_pair(sums[:2], loss, 0.0), *add_pair(sums[2:4], weight, 0.0), *sums[4:]]
+            parts = [*two_sum(sums[:2], loss), *two_sum(sums[2:4], weight), *sums[4:]]
             one, none = integer(a[0], 1), integer(a[0], 0)
             count = counts[0] + where(kind == LIVE, one, none)
             return Lanes(parts), (count, counts[1] + where(kind == INVALID, one, none))
@@ -61,9 +62,10 @@ class NLLKernel(SoftmaxKernel):
 
         def value(a):  # type: ignore[no-untyped-def]
             sums, counts = start(a)
-            begin = cuda.blockIdx.x * threads + cuda.threadIdx.x
-            for i in range(begin, a[samples], cuda.gridDim.x * threads):
+            i = cuda.blockIdx.x * threads + cuda.threadIdx.x
+            while i < a[samples]:
                 sums, counts = add(a, i, sums, counts)
+                i += cuda.gridDim.x * threads
             if reduced:
                 close(a, sums, counts)
 
@@ -91,10 +93,13 @@ class NLLKernel(SoftmaxKernel):
         samples, classes = k.at["samples"], k.at["classes"]
 
         def gradient(a):  # type: ignore[no-untyped-def]
-            first = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
-            for i in range(first, a[samples], cuda.gridDim.x * per_block):
+            i = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
+            while i < a[samples]:
                 place, t, slopes = begin(a, i)
-                for c in range(cuda.threadIdx.x % group, a[classes], group):
+                c = cuda.threadIdx.x % group
+                while c < a[classes]:
                     put(a, place, c, t, slopes)
+                    c += group
+                i += cuda.gridDim.x * per_block
 
         return gradient

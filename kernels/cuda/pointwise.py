@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..exact import two_sum
 from ..pointwise import Pointwise
 from ..storage import FLOATS, itemsize
 from ..vecmath import where
@@ -15,6 +16,7 @@ from .device import (
     Int,
     Lanes,
     cuda,
+    divided,
     each,
     emitted,
     fold,
@@ -24,7 +26,7 @@ from .device import (
     number,
     store_lanes,
 )
-from .sums import FIRST_FIELDS, Reduction, add_pair, closing, no_sums, quotient, read_row
+from .sums import FIRST_FIELDS, Reduction, closing, no_sums, quotient, read_row
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,21 @@ class PointwiseKernel(Kernel):
 
     @property
     def lanes(self) -> int:
-        """Elements of one vector: 16 bytes of the narrowest floats among the arrays."""
+        """Elements of one vector: 16 bytes of the narrowest floats among the arrays; 1 where arrays have strides."""
+        if self.ndim:
+            return 1
         sizes = [itemsize(name) for name in self.sources + self.sinks if name in FLOATS]
         return VECTOR_BYTES // min(sizes)
 
     @property
     def vectors(self) -> int:
-        """Vectors that a thread has in flight: 64 bytes of each array."""
-        return 4 if self.lanes == 4 else 2
+        """Vectors that a thread has in flight: 32 or 64 bytes of each array."""
+        return 2 if self.lanes in (2, 8) else 4
+
+    @property
+    def wanted_threads(self) -> int:
+        """With more threads a multiprocessor, loads wait for uses of others, or registers spill."""
+        return 512 if self.grad and self.lanes == 8 else 768
 
     @property
     def chunk(self) -> int:
@@ -102,9 +111,8 @@ class PointwiseKernel(Kernel):
             if not self.ndim:
                 return base + i * itemsize(arrays[k])
             for d in reversed(range(self.ndim)):
-                inner = i % a[at[f"extent{d}"]] if d else i
+                i, inner = divided(i, a[at[f"extent{d}"]], self.long) if d else (i, i)
                 base = base + inner * a[at[f"stride{k}_{d}"]]
-                i = i // a[at[f"extent{d}"]] if d else i
             return base
 
         def elements(a: Any, first: list[Int], lanes: int, scale: Any, sums: Any, invalid: Int) -> Any:
@@ -132,9 +140,9 @@ class PointwiseKernel(Kernel):
                         outputs.append(self._valid(g, good))
                 written.append(outputs)
                 if self.reduction:
-                    pairs = [*add_pair(sums[:2], fold(lambda x, y: x + y, loss), 0.0), *sums[2:]]
+                    pairs = [*two_sum(sums[:2], fold(lambda x, y: x + y, loss)), *sums[2:]]
                     if weight is not None:
-                        pairs[2:4] = add_pair(sums[2:4], fold(lambda x, y: x + y, weight), 0.0)
+                        pairs[2:4] = two_sum(sums[2:4], fold(lambda x, y: x + y, weight))
                     sums = Lanes(pairs)
                     if good is not None:
                         invalid = where(fold(lambda x, y: x & y, good), invalid, invalid + 1)
@@ -169,18 +177,20 @@ class PointwiseKernel(Kernel):
         def counted(a: Any, invalid: Int) -> Any:
             return a[at["divisor"]] * 0, invalid
 
-        reduced, strided, threads = self.reduction is not None, self.ndim > 0, self.threads
+        reduced, threads = self.reduction is not None, self.threads
         close = closing(self.reduction or Reduction(compute, "sums"), threads)
         chunks, rest = at["chunks"], at["rest"]
 
         def pointwise(a):  # type: ignore[no-untyped-def]
             sums, invalid, scale = start(a)
-            if not strided:
-                for chunk in range(cuda.blockIdx.x, a[chunks], cuda.gridDim.x):
-                    sums, invalid = vectors(a, chunk, cuda.threadIdx.x, scale, sums, invalid)
-            begin = cuda.blockIdx.x * threads + cuda.threadIdx.x
-            for i in range(begin, a[rest], cuda.gridDim.x * threads):
+            chunk = cuda.blockIdx.x
+            while chunk < a[chunks]:  # Numba's range divides 64-bit numbers first
+                sums, invalid = vectors(a, chunk, cuda.threadIdx.x, scale, sums, invalid)
+                chunk += cuda.gridDim.x
+            i = cuda.blockIdx.x * threads + cuda.threadIdx.x
+            while i < a[rest]:
                 sums, invalid = one(a, i, scale, sums, invalid)
+                i += cuda.gridDim.x * threads
             if reduced:
                 close(a, sums, counted(a, invalid))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..exact import two_sum
 from ..vecmath import where
 from .device import (
     WARP,
@@ -20,6 +21,7 @@ from .device import (
     barrier,
     below,
     cuda,
+    divided,
     emitted,
     exchange_all,
     full,
@@ -36,8 +38,8 @@ from .device import (
     thread_index,
     when,
 )
-from .softmax import INVALID, LIVE, Outcome, Scales, SoftmaxKernel
-from .sums import Reduction, add_pair, closing, no_sums
+from .softmax import IGNORED, INVALID, LIVE, Outcome, Scales, SoftmaxKernel
+from .sums import Reduction, closing, no_sums
 
 _OWN = 3  # what is kept of the target index: logit, slope of the cap, weight
 _SAVED = _OWN + len(Outcome._fields)
@@ -179,10 +181,21 @@ class _Parts:
 
         @emitted
         def begin(a: Any, r: Int) -> Any:
-            """Of row r: places, class index, kind, and the bounds of its vectors."""
+            """Of row r: places, and the bounds of its vectors."""
             p = k.places(a, r)
             head, vectors = k.extent(a, p)
-            return p, *k.label(a, p), head, head + vectors * k.lanes
+            return p, head, head + vectors * k.lanes
+
+        @emitted
+        def label(a: Any, r: Int) -> Any:
+            """The class index of row r, and whether it is live; of rows past the last, that it is not."""
+
+            def found() -> list[Any]:
+                return list(k.label(a, k.places(a, r)))
+
+            none = [integer(a[0], 0), integer(a[0], IGNORED)]
+            t, kind = when(r < a[k.at["samples"]], found, lambda: none)
+            return t, kind
 
         @emitted
         def piece(a: Any, slot: Int, low: Int, stop: Int) -> Any:
@@ -274,7 +287,7 @@ class _Parts:
             zero = full(outcome.loss, k.compute, 0.0)
             parts: list[Any] = []
             for n, x in enumerate((outcome.loss, outcome.weight, outcome.z)):
-                parts += add_pair(sums[2 * n : 2 * n + 2], where(first, x, zero), 0.0)
+                parts += two_sum(sums[2 * n : 2 * n + 2], where(first, x, zero))
             return Lanes(parts), (where(first, counts[0] + 1, counts[0]), counts[1])
 
         @emitted
@@ -284,38 +297,50 @@ class _Parts:
             zero = full(sums[0], k.compute, 0.0)
             nothing = where(bad, full(sums[0], k.compute, float("nan")), zero)
             when(first, lambda: k.write_loss(p, nothing))
-            parts = [*add_pair(sums[:2], where(first, nothing, zero), 0.0), *sums[2:]]
+            parts = [*two_sum(sums[:2], where(first, nothing, zero)), *sums[2:]]
             return Lanes(parts), (counts[0], where(first & bad, counts[1] + 1, counts[1]))
 
-        def write(a: Any, p: Any, c: Int, t: Int, done: Any, found: Any, lanes: int) -> None:
-            """The gradients of `lanes` classes from c on, of which `found` are the logits."""
-            own, outcome = done[:_OWN], Outcome(*done[_OWN:])
+        def write(a: Any, p: Any, c: Int, done: Any, found: Any, lanes: int) -> None:
+            """The gradients of `lanes` classes from c on, of which `found` are the logits; none is the target index."""
+            outcome = Outcome(*done[_OWN:])
             z, bent = found
             probabilities, weights = k.read_probabilities(p, c, lanes), k.weights(a, c, lanes)
             q, w, cap = ([None] * lanes if x is None else list(x) for x in (probabilities, weights, bent))
             if k.grad:
                 masses = [k.mass_of(a, q[n], w[n]) if k.soft else None for n in range(lanes)]
                 gradients = [k.gradient(outcome, z[n], cap[n], masses[n]) for n in range(lanes)]
-                row = k.place(p, "grad")
-                store_lanes(row + c * k.size("grad"), lanes_of(gradients), k.grad, k.pairs)
-                if k.index is not None:
-                    mass = k.mass_of(a, None, own[2] if k.weight else None) if k.soft else None
-                    at_target = (k.gradient(outcome, own[0], None, mass) - outcome.pulled) * own[1]
-                    target = row + t * k.size("grad")
-                    when(below(t - c, integer(t, lanes)), lambda: store(target, at_target, k.grad or ""))
+                address = k.place(p, "grad") + c * k.size("grad")
+                store_lanes(address, lanes_of(gradients), k.grad, k.pairs)
             if k.grad_target:
                 gradients = [k.gradient_of_target(a, outcome, z[n], q[n], w[n]) for n in range(lanes)]
                 address = k.place(p, "grad_target") + c * k.size("grad_target")
                 store_lanes(address, lanes_of(gradients), k.grad_target, k.pairs)
 
         @emitted
-        def write_odd(a: Any, p: Any, member: Int, t: Int, done: Any) -> None:
+        def write_odd(a: Any, p: Any, member: Int, done: Any) -> None:
             if k.lanes > 1:
                 c, there = k.odd_class(a, p, member)
-                when(there, lambda: write(a, p, c, t, done, k.read(a, p, c, 1), 1))
+                when(there, lambda: write(a, p, c, done, k.read(a, p, c, 1), 1))
 
         @emitted
-        def spread(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any) -> None:
+        def write_target(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any) -> None:
+            """The target index's gradient, by the thread that has written another one there."""
+            if not k.grad or k.index is None:
+                return
+            own, outcome = done[:_OWN], Outcome(*done[_OWN:])
+            mass = k.mass_of(a, None, own[2] if k.weight else None) if k.soft else None
+            g = (k.gradient(outcome, own[0], None, mass) - outcome.pulled) * own[1]
+            (low, stop), place = bounds, k.place(p, "grad") + t * k.size("grad")
+            head, vectors = k.extent(a, p)
+            in_vector = divided(divided(t - head, integer(t, k.lanes), False)[0], integer(t, k.group), False)[1]
+            odd = where(t < head, t, t - vectors * k.lanes)
+            among_vectors = below(t - head, vectors * k.lanes)
+            mine = where(among_vectors, in_vector, odd) == member
+            here = where(among_vectors, below(t - low, stop - low), low == head)
+            when(mine & here, lambda: store(place, g, k.grad or ""))
+
+        @emitted
+        def spread(a: Any, p: Any, bounds: Any, member: Int, done: Any) -> None:
             """The gradients of the thread's part of a range of vectors, whose logits are read again."""
 
             def put(vectors: int) -> Any:
@@ -323,7 +348,7 @@ class _Parts:
                     at = places(c, vectors)
                     found = [k.read(a, p, c, k.lanes) for c in at]  # before anything is written
                     for c, logits in zip(at, found, strict=True):
-                        write(a, p, c, t, done, logits, k.lanes)
+                        write(a, p, c, done, logits, k.lanes)
 
                 return write_vectors
 
@@ -334,7 +359,7 @@ class _Parts:
             loop(c + mine, stop + (width - 1), width, [], one)
 
         @emitted
-        def spread_held(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any, held: Any) -> None:
+        def spread_held(a: Any, p: Any, bounds: Any, member: Int, done: Any, held: Any) -> None:
             """The gradients of the logits in registers."""
             low, stop = bounds
             for u, c in enumerate(places(low + member * k.lanes, k.vectors)):
@@ -342,7 +367,7 @@ class _Parts:
                 bent = [x / k.number(a, "softcap") for x in z] if k.softcap else None
 
                 def put(c: Int = c, found: Any = (z, bent)) -> None:
-                    write(a, p, c, t, done, found, k.lanes)
+                    write(a, p, c, done, found, k.lanes)
 
                 when(c < stop, put)
 
@@ -374,20 +399,25 @@ class _Parts:
             parts = [k.rescaled(list(one), top) for one in (state, other)]
             return Lanes([top, *(x + y for x, y in zip(*parts, strict=True))])
 
-        self.start, self.begin, self.piece, self.own, self.nothing = start, begin, piece, own, nothing
+        self.start, self.begin, self.label, self.piece = start, begin, label, piece
+        self.own, self.nothing = own, nothing
         self.odd, self.sweep, self.hold, self.absorb_held, self.total = odd, sweep, hold, absorb_held, total
         self.finish, self.count, self.skip = finish, count, skip
-        self.write_odd, self.spread, self.spread_held, self.blank = write_odd, spread, spread_held, blank
+        self.write_odd, self.write_target, self.blank = write_odd, write_target, blank
+        self.spread, self.spread_held = spread, spread_held
         self.save, self.restore, self.absorb_saved = save, restore, absorb_saved
         self.close = closing(k.reduction or Reduction(k.compute, "sums"), k.threads)
 
 
 def _whole(k: RowsKernel) -> Any:
     f = _Parts(k)
-    start, begin, own_values, odd, sweep, hold, absorb_held, total, finish, count, skip, close = (
-        f.start, f.begin, f.own, f.odd, f.sweep, f.hold, f.absorb_held, f.total, f.finish, f.count, f.skip, f.close
+    start, begin, label, own_values, odd, sweep, hold, absorb_held, total, finish, count, skip, close = (
+        f.start, f.begin, f.label, f.own, f.odd, f.sweep, f.hold, f.absorb_held, f.total, f.finish, f.count, f.skip,
+        f.close,
     )  # fmt: skip
-    write_odd, spread, spread_held, blank = f.write_odd, f.spread, f.spread_held, f.blank
+    write_odd, write_target, spread, spread_held, blank = (
+        f.write_odd, f.write_target, f.spread, f.spread_held, f.blank
+    )  # fmt: skip
     group, per_block, resident = k.group, k.threads // k.group, k.resident
     reduced, gradient = k.reduction is not None, k.differentiates
     samples, classes = k.at["samples"], k.at["classes"]
@@ -395,9 +425,12 @@ def _whole(k: RowsKernel) -> Any:
     def rows(a):  # type: ignore[no-untyped-def]
         sums, counts, scales = start(a)
         member = cuda.threadIdx.x % group
-        first = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
-        for r in range(first, a[samples], cuda.gridDim.x * per_block):
-            p, t, kind, low, stop = begin(a, r)
+        r = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
+        t, kind = label(a, r)
+        while r < a[samples]:
+            p, low, stop = begin(a, r)
+            following = r + cuda.gridDim.x * per_block
+            next_t, next_kind = label(a, following)  # the next row's logits need not wait for it
             if kind == LIVE:
                 own = own_values(a, p, t)
                 state = odd(a, p, member)
@@ -405,19 +438,24 @@ def _whole(k: RowsKernel) -> Any:
                     held = hold(a, p, low, stop, member)
                     done = finish(a, p, own, total(absorb_held(a, p, low, stop, member, held, state)), scales)
                     if gradient:
-                        write_odd(a, p, member, t, done)
-                        spread_held(a, p, (low, stop), member, t, done, held)
+                        write_odd(a, p, member, done)
+                        spread_held(a, p, (low, stop), member, done, held)
                 else:
                     done = finish(a, p, own, total(sweep(a, p, low, stop, member, state)), scales)
                     if gradient:
-                        write_odd(a, p, member, t, done)
-                        spread(a, p, (low, stop), member, t, done)
+                        write_odd(a, p, member, done)
+                        spread(a, p, (low, stop), member, done)
+                if gradient:
+                    write_target(a, p, (low, stop), member, t, done)
                 sums, counts = count(p, member, done, sums, counts)
             else:
                 if gradient:
-                    for c in range(member, a[classes], group):
+                    c = member
+                    while c < a[classes]:
                         blank(a, p, c, kind)
+                        c += group
                 sums, counts = skip(p, member, kind, sums, counts)
+            r, t, kind = following, next_t, next_kind
         if reduced:
             close(a, sums, counts)
 
@@ -426,27 +464,30 @@ def _whole(k: RowsKernel) -> Any:
 
 def _part(k: RowsKernel) -> Any:
     f = _Parts(k)
-    begin, piece, odd, sweep, total, save = f.begin, f.piece, f.odd, f.sweep, f.total, f.save
+    begin, label, piece, odd, sweep, total, save = f.begin, f.label, f.piece, f.odd, f.sweep, f.total, f.save
     samples, slices_at = k.at["samples"], k.at["slices"]
 
     def part(a):  # type: ignore[no-untyped-def]
         slices, member = a[slices_at], cuda.threadIdx.x
-        for slot in range(cuda.blockIdx.x, a[samples] * slices, cuda.gridDim.x):
-            p, _, kind, head, end = begin(a, slot // slices)
-            if kind == LIVE:
+        slot = cuda.blockIdx.x
+        while slot < a[samples] * slices:
+            p, head, end = begin(a, slot // slices)
+            if label(a, slot // slices)[1] == LIVE:
                 low, stop = piece(a, slot, head, end)
-                others = member if slot % slices == 0 else a[samples]  # the first slice takes the odd classes
+                others = member if low == head else a[samples]  # the first slice takes the odd classes
                 state = total(sweep(a, p, low, stop, member, odd(a, p, others)))
                 if member == 0:
                     save(a, slot, state)
+            slot += cuda.gridDim.x
 
     return part
 
 
 def _merge(k: RowsKernel) -> Any:
     f = _Parts(k)
-    start, begin, own_values, nothing, absorb_saved, total, finish, count, skip, save, close = (
-        f.start, f.begin, f.own, f.nothing, f.absorb_saved, f.total, f.finish, f.count, f.skip, f.save, f.close
+    start, begin, label, own_values, nothing, absorb_saved, total, finish, count, skip, save, close = (
+        f.start, f.begin, f.label, f.own, f.nothing, f.absorb_saved, f.total, f.finish, f.count, f.skip, f.save,
+        f.close,
     )  # fmt: skip
     group, per_block, reduced, gradient = k.group, k.threads // k.group, k.reduction is not None, k.differentiates
     samples, slices_at = k.at["samples"], k.at["slices"]
@@ -454,20 +495,24 @@ def _merge(k: RowsKernel) -> Any:
     def merge(a):  # type: ignore[no-untyped-def]
         sums, counts, scales = start(a)
         slices, member = a[slices_at], cuda.threadIdx.x % group
-        first = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
-        for r in range(first, a[samples], cuda.gridDim.x * per_block):
-            p, t, kind, _, _ = begin(a, r)
+        r = cuda.blockIdx.x * per_block + cuda.threadIdx.x // group
+        while r < a[samples]:
+            p, _, _ = begin(a, r)
+            t, kind = label(a, r)
             if kind == LIVE:
                 own = own_values(a, p, t)
                 state = nothing(a)
-                for n in range(member, slices, group):
+                n = member
+                while n < slices:
                     state = absorb_saved(a, r * slices + n, state)
+                    n += group
                 done = finish(a, p, own, total(state), scales)
                 sums, counts = count(p, member, done, sums, counts)
                 if gradient and member == 0:  # the gradient may replace the logits: the target's goes along
                     save(a, a[samples] * slices + r, done)
             else:
                 sums, counts = skip(p, member, kind, sums, counts)
+            r += cuda.gridDim.x * per_block
         if reduced:
             close(a, sums, counts)
 
@@ -476,21 +521,30 @@ def _merge(k: RowsKernel) -> Any:
 
 def _spread(k: RowsKernel) -> Any:
     f = _Parts(k)
-    begin, piece, restore, spread, write_odd, blank = f.begin, f.piece, f.restore, f.spread, f.write_odd, f.blank
+    begin, label, piece, restore, spread, write_odd, write_target, blank = (
+        f.begin, f.label, f.piece, f.restore, f.spread, f.write_odd, f.write_target, f.blank
+    )  # fmt: skip
     group, samples, classes, slices_at = k.group, k.at["samples"], k.at["classes"], k.at["slices"]
 
     def spread_slices(a):  # type: ignore[no-untyped-def]
         slices, member = a[slices_at], cuda.threadIdx.x
-        for slot in range(cuda.blockIdx.x, a[samples] * slices, cuda.gridDim.x):
+        slot = cuda.blockIdx.x
+        while slot < a[samples] * slices:
             r = slot // slices
-            p, t, kind, head, end = begin(a, r)
+            p, head, end = begin(a, r)
+            t, kind = label(a, r)
             if kind == LIVE:
                 done = restore(a, a[samples] * slices + r)
-                if slot % slices == 0:
-                    write_odd(a, p, member, t, done)
-                spread(a, p, piece(a, slot, head, end), member, t, done)
+                bounds = piece(a, slot, head, end)
+                if bounds[0] == head:
+                    write_odd(a, p, member, done)
+                spread(a, p, bounds, member, done)
+                write_target(a, p, bounds, member, t, done)
             else:
-                for c in range(slot % slices * group + member, a[classes], slices * group):
+                c = slot % slices * group + member
+                while c < a[classes]:
                     blank(a, p, c, kind)
+                    c += slices * group
+            slot += cuda.gridDim.x
 
     return spread_slices

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..exact import two_sum
 from ..storage import itemsize
 from ..vecmath import where
 from .device import (
@@ -33,7 +34,7 @@ from .device import (
     store_lanes,
 )
 from .softmax import INVALID, LIVE, Outcome, Scales, SoftmaxKernel
-from .sums import Reduction, add_pair, closing, no_sums
+from .sums import Reduction, closing, no_sums
 
 UNROLL = 4  # classes read together
 _SKEW = 5  # a word of shared memory is left out after every 32: rows of 2**k classes then differ in their banks
@@ -45,6 +46,11 @@ class SamplesKernel(SoftmaxKernel):
 
     lanes: int = 1
     tile: int = 0  # classes, at most, of the rows that pass through shared memory; 0: none do
+
+    @property
+    def wanted_threads(self) -> int:
+        """Fewer than others: a thread's samples have states of their own."""
+        return 384
 
     def skewed(self, n: Int) -> Int:
         """The place in shared memory of a tile's element n, in bytes."""
@@ -159,7 +165,7 @@ class SamplesKernel(SoftmaxKernel):
             weight, z = (each(where, live, x, zero) for x in (done.weight, done.z))
             parts: list[Any] = []
             for n, lanes in enumerate((loss, weight, z)):
-                parts += add_pair(sums[2 * n : 2 * n + 2], fold(lambda x, y: x + y, lanes), 0.0)
+                parts += two_sum(sums[2 * n : 2 * n + 2], fold(lambda x, y: x + y, lanes))
             one, none = integer(a[0], 1), integer(a[0], 0)
             n_live = fold(lambda x, y: x + y, [where(kind == LIVE, one, none) for kind in kinds])
             n_bad = fold(lambda x, y: x + y, [where(kind == INVALID, one, none) for kind in kinds])
@@ -255,7 +261,8 @@ class SamplesKernel(SoftmaxKernel):
             groups = a[samples] // lanes
             unrolled = a[classes] // UNROLL * UNROLL
             thread = cuda.threadIdx.x
-            for tile in range(cuda.blockIdx.x, (groups + threads - 1) // threads, cuda.gridDim.x):
+            tile = cuda.blockIdx.x
+            while tile * threads < groups:
                 i = tile * threads + thread
                 if tiled:
                     stage(a, tile, thread)
@@ -263,22 +270,29 @@ class SamplesKernel(SoftmaxKernel):
                 if i < groups:
                     p, t, kinds = begin(a, i)
                     state = empty(a)
-                    for c in range(0, unrolled, UNROLL):
+                    c = 0
+                    while c < unrolled:
                         state = absorb_some(a, p, thread, c, state)
-                    for c in range(unrolled, a[classes]):
+                        c += UNROLL
+                    while c < a[classes]:
                         state = absorb_one(a, p, thread, c, state)
+                        c += 1
                     outcome = finish(a, p, thread, t, state, scales)
                     sums, counts = count(a, p, kinds, outcome, sums, counts)
                     if gradient:
-                        for c in range(0, unrolled, UNROLL):
+                        c = 0
+                        while c < unrolled:
                             write_some(a, p, thread, c, (t, kinds), outcome)
-                        for c in range(unrolled, a[classes]):
+                            c += UNROLL
+                        while c < a[classes]:
                             write_one(a, p, thread, c, (t, kinds), outcome)
+                            c += 1
                 if tiled:
                     if gradient:
                         wait(a)
                         flush(a, tile, thread)
                     wait(a)
+                tile += cuda.gridDim.x
             if reduced:
                 close(a, sums, counts)
 

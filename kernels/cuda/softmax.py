@@ -17,6 +17,7 @@ from .build import Kernel
 from .device import (
     Int,
     below,
+    divided,
     each,
     exp_of_negative,
     fold,
@@ -121,12 +122,11 @@ class SoftmaxKernel(Kernel):
         """Where sample i lies in each of `arrays`."""
         places = [a[self.at[name]] for name in self.arrays]
         for d in reversed(range(self.ndim)):
-            inner = i % a[self.at[f"extent{d}"]] if d else i
+            i, inner = divided(i, a[self.at[f"extent{d}"]], self.long) if d else (i, i)
             places = [
                 place + inner * a[self.at[f"{name}_stride{d}"]]
                 for place, name in zip(places, self.arrays, strict=True)
             ]
-            i = i // a[self.at[f"extent{d}"]] if d else i
         return tuple(places)
 
     def place(self, p: Any, name: str) -> Int:

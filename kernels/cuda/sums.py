@@ -214,8 +214,10 @@ class Combination(Kernel):
 
         def combine(a):  # type: ignore[no-untyped-def]
             sums, counts = start(a)
-            for row in range(cuda.threadIdx.x, a[rows], threads):
+            row = cuda.threadIdx.x
+            while row < a[rows]:
                 sums, counts = add(a, row, sums, counts)
+                row += threads
             finish(a, sums, counts)
 
         return combine

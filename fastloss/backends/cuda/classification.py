@@ -16,7 +16,7 @@ from ...kernels.cuda.samples import SamplesKernel
 from ...kernels.cuda.softmax import CLASSY
 from ...kernels.cuda.sums import ROW_BYTES, Reduction
 from ..layout import Shape, collapse
-from .run import Run, Values
+from .run import LONG, Run, Values
 
 if TYPE_CHECKING:
     from ...classification import NLLCall, SoftmaxCall
@@ -132,7 +132,8 @@ class _ClassRun(Run[Any]):
         dtypes = {name: view.dtype for name, view in arrays.views.items()}
         factor = upstream.dtype if isinstance(upstream, View) and self.call.reduction != "none" else None
         weight = self.call.w.dtype if self.call.w else None
-        return {"compute": self.compute, "factor": factor, "weight": weight, "ndim": len(arrays.extents), **dtypes}
+        ndim, long = len(arrays.extents), max(arrays.samples, self.call.classes) >= LONG
+        return {"compute": self.compute, "factor": factor, "weight": weight, "ndim": ndim, "long": long, **dtypes}
 
     def statistics(self) -> View:
         """A row of sums: of the targets' weights, with the numbers of samples that count and of invalid ones."""
@@ -273,7 +274,7 @@ class SoftmaxRun(_ClassRun):
     ) -> None:
         classes, tuning = self.call.classes, self.device.tuning
         lanes = arrays.row_lanes()
-        vectors = tuning.vectors * (1 if lanes > 1 else 2)
+        vectors = max(1, tuning.vectors * (2 if lanes == 1 else 1) // (2 if self.compute == "float64" else 1))
         slices = self._slices(arrays.samples)
         if slices > 1:
             self._queue_slices(arrays, options | {"lanes": lanes, "vectors": vectors}, values, result, gradient, slices)

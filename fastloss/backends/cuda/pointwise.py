@@ -10,7 +10,7 @@ from ...arrays import View
 from ...kernels.cuda.pointwise import COPY, PointwiseKernel
 from ...kernels.cuda.sums import ROW_BYTES, Reduction
 from ..layout import Shape, collapse
-from .run import Run, Values, broadcast
+from .run import LONG, Run, Values, broadcast
 
 if TYPE_CHECKING:
     from ...pointwise import PointwiseCall
@@ -79,11 +79,12 @@ class PointwiseRun(Run["PointwiseCall"]):
         )
         values |= {f"array{k}": view for k, view in enumerate(views)}
         ndim, threads = 0 if dense else len(extents), tuning.pointwise_threads
-        kernel = PointwiseKernel(call.loss, self.compute, inputs, **options, ndim=ndim, threads=threads)
-        head = self._head(views, kernel.lanes) if dense else None
-        if head is None or not total:
+        long = total >= LONG
+        kernel = PointwiseKernel(call.loss, self.compute, inputs, **options, ndim=ndim, threads=threads, long=long)
+        head = self._head(views, kernel.lanes) if dense else 0
+        if head is None:
             values |= {"head": total, "tail": total, "rest": total}
-            blocks = -(-total // tuning.pointwise_threads)
+            blocks = -(-total // threads)
         else:
             head = min(head, total)
             chunks = (total - head) // kernel.chunk
@@ -129,6 +130,7 @@ class PointwiseRun(Run["PointwiseCall"]):
             (w.dtype,),
             reduction=Reduction(self.compute, "sums"),
             ndim=len(extents),
+            long=math.prod(extents) >= LONG,
             threads=self.device.tuning.pointwise_threads,
         )
         total = math.prod(extents)

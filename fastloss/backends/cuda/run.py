@@ -24,6 +24,7 @@ from .plan import GPUPlan
 if TYPE_CHECKING:
     from ...call import Call
 
+LONG = 2**31  # from so many elements on, kernels count them in 64 bits
 C = TypeVar("C", bound="Call")
 Values = dict[str, "int | View"]  # arguments of a kernel: numbers, and memory by its address
 
@@ -224,6 +225,7 @@ class Run(ABC, Generic[C]):
             kept=len(kept),
             folded=len(folded),
             threads=tuning.pointwise_threads if terms > WARP else WARP,
+            long=max(outputs, terms) >= LONG,
         )
         self.add(kernel, min(outputs, self.grid(tuning.pointwise_blocks)), values)
 
@@ -252,8 +254,10 @@ class Run(ABC, Generic[C]):
     def _copy(self, source: View, result: View) -> None:
         compute = "float64" if source.dtype == "float64" else "float32"
         shape, strides = collapse(result.shape, [source.data.strides, result.data.strides])
-        kernel = PointwiseKernel(COPY, compute, (source.dtype,), losses=result.dtype, ndim=len(shape))
-        total = math.prod(shape)
+        total, ndim = math.prod(shape), len(shape)
+        kernel = PointwiseKernel(
+            COPY, compute, (source.dtype,), losses=result.dtype, ndim=ndim, long=total >= LONG
+        )
         values: Values = {"head": total, "rest": total, "array0": source, "array1": result}
         for d, extent in enumerate(shape):
             values |= {f"extent{d}": extent, f"stride0_{d}": strides[0][d], f"stride1_{d}": strides[1][d]}
