@@ -9,7 +9,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # One environment, one pip at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types bench bench-table docs clean
+.PHONY: help demo test test-slow lint types bench bench-table bench-report docs clean
 
 help:
 	@echo "make demo       evaluate scikit-learn models on real data and compare with scikit-learn's metrics"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that need minutes or many gigabytes"
 	@echo "make bench      benchmarks beside NumPy and torch"
 	@echo "make bench-table  the README's table of figures"
+	@echo "make bench-report  docs/benchmarks.md from what was measured, benchmarks/results/"
 	@echo "make docs       the API reference as HTML, into docs/html"
 	@echo "make lint       ruff alone        make types    mypy alone"
 	@echo "make clean      remove the environment and everything built"
@@ -27,7 +28,7 @@ demo: $(VENV)/demo.stamp
 
 # pytest comes last: its closing line is the run's.
 test: lint types $(VENV)/test.stamp
-	$(PY) -m pytest --numprocesses auto --maxprocesses 8
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 test-slow: $(VENV)/test.stamp
 	$(PY) -m pytest -m slow
@@ -43,6 +44,9 @@ bench: $(VENV)/bench.stamp
 
 bench-table: $(VENV)/bench.stamp
 	$(PY) benchmarks/compare.py
+
+bench-report: $(VENV)/bench.stamp
+	$(PY) benchmarks/report.py
 
 docs: $(VENV)/docs.stamp
 	$(PY) -m pdoc --docformat numpy --output-directory docs/html fastloss

@@ -1,19 +1,21 @@
 """The README's table: medians of interleaved calls, beside the speed at which this machine reads memory.
 
-    python benchmarks/compare.py [part of a case's name ...]
+python benchmarks/compare.py [part of a case's name ...] [--json FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import platform
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
+import record
 import torch
 from cases import CASES, CONTENDERS, Call
 
@@ -74,8 +76,31 @@ def medians(calls: dict[str, Call]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def cpu_name() -> str:
+    """As the processor calls itself, with LLVM's name for its kind."""
+    kind = fastloss.runtime.versions()["cpu"]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or kind
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]} ({kind})" if models else kind
+
+
+def row_of(work: str, seconds: dict[str, float], nbytes: int) -> record.Row:
+    """For the JSON: `seconds` by contender, with the limit's where it was timed."""
+    limit = nbytes / seconds["limit"] / 1e9 if "limit" in seconds else None
+    results: dict[str, dict[str, float | None]] = {
+        name: {"ms": seconds[name] * 1e3} for name in reversed(CONTENDERS) if name in seconds
+    }
+    return record.row(work, nbytes, results, limit)
+
+
 def main() -> None:
-    wanted = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="part of a case's name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for benchmarks/report.py too")
+    options = parser.parse_args()
     names = {"fastloss": fastloss.__version__, **{name: version(name) for name in ("numpy", "torch", "numba")}}
     names["Python"] = platform.python_version()
     print(", ".join(f"{name} {release}" for name, release in names.items()))
@@ -84,8 +109,9 @@ def main() -> None:
     print("| work | NumPy | torch | fastloss | torch / fastloss | GB/s | of the read limit |")
     print("|---|---|---|---|---|---|---|")
     torch.set_num_threads(threads)
+    document = record.header("cpu", {"name": cpu_name(), "threads": threads}) | {"rounds": ROUNDS}
     for case in CASES:
-        if wanted and not any(part in case.name for part in wanted):
+        if options.parts and not any(part in case.name for part in options.parts):
             continue
         calls, nbytes = case.build()
         large = nbytes > 1 << 25
@@ -94,8 +120,14 @@ def main() -> None:
         limit = f"{result['limit'] / result['fastloss']:.2f}" if large else ""
         ratio, speed = result["torch"] / result["fastloss"], nbytes / result["fastloss"] / 1e9
         print(f"| {case.name} | {' | '.join(cells)} | {ratio:.2g} | {speed:.2g} | {limit} |", flush=True)
+        document["rows"].append(row_of(case.name, result, nbytes))
+        if options.json:
+            record.save(document, options.json)
         del calls
         gc.collect()
+    document["complete"] = True
+    if options.json:
+        record.save(document, options.json)
 
 
 if __name__ == "__main__":
