@@ -9,7 +9,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # One environment, one pip at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types bench bench-table bench-report docs clean
+.PHONY: help demo test test-slow lint types bench bench-table bench-report machine-code docs clean
 
 help:
 	@echo "make demo       evaluate scikit-learn models on real data and compare with scikit-learn's metrics"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench      benchmarks beside NumPy and torch"
 	@echo "make bench-table  the README's table of figures"
 	@echo "make bench-report  docs/benchmarks.md from what was measured, benchmarks/results/"
+	@echo "make machine-code  docs/cuda-kernels.md: what the CUDA kernels compile to"
 	@echo "make docs       the API reference as HTML, into docs/html"
 	@echo "make lint       ruff alone        make types    mypy alone"
 	@echo "make clean      remove the environment and everything built"
@@ -47,6 +48,9 @@ bench-table: $(VENV)/bench.stamp
 
 bench-report: $(VENV)/bench.stamp
 	$(PY) benchmarks/report.py
+
+machine-code: $(VENV)/test.stamp
+	$(PY) benchmarks/machine_code.py --write docs/cuda-kernels.md
 
 docs: $(VENV)/docs.stamp
 	$(PY) -m pdoc --docformat numpy --output-directory docs/html fastloss

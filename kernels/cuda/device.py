@@ -91,10 +91,13 @@ def _ptx(x: Value, instruction: str, *others: Any) -> Value:
 
 
 class _SharedAddress(DeviceValue):
-    """An address of shared memory: whatever is added to it, `pointer` keeps to that address space."""
+    """An address of shared memory, 32 bits: whatever is added to it, `pointer` keeps to that address space."""
 
     __slots__ = ()
     space = _SHARED
+
+    def lift(self, other: Any) -> Value:
+        return super().lift(short(other))
 
 
 class Lanes(list[Any]):
@@ -282,6 +285,11 @@ def divided(n: Int, by: Int, long: bool) -> tuple[Int, Int]:
     low, small = n.trunc(I32), n.lift(by).trunc(I32)
     quotient = low._new(low.b.udiv(low.v, small.v))
     return quotient.zext(I64), (low - quotient * small).zext(I64)
+
+
+def short(n: Int) -> Int:
+    """An integer that is known to be small, in 32 bits: a GPU's integers have no more, 64 take several instructions."""
+    return n.trunc(I32) if isinstance(n, Value) and n.type == I64 else n
 
 
 def smaller(a: Int, b: Int) -> Int:
@@ -494,7 +502,7 @@ def shared(like: Any, name: str, nbytes: int) -> Any:
         place = ir.GlobalVariable(module, type_, name, addrspace=_SHARED)
         place.linkage, place.align = "internal", VECTOR_BYTES
         place.initializer = ir.Constant(type_, ir.Undefined)
-    return _SharedAddress(like.b, like.b.ptrtoint(module.globals[name], I64))
+    return _SharedAddress(like.b, like.b.ptrtoint(module.globals[name], I32))
 
 
 def _register(like: Any, name: str, simulated: str) -> Int:

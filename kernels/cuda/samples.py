@@ -29,6 +29,7 @@ from .device import (
     load_lanes,
     loop,
     shared,
+    short,
     smaller,
     store,
     store_lanes,
@@ -54,7 +55,12 @@ class SamplesKernel(SoftmaxKernel):
 
     def skewed(self, n: Int) -> Int:
         """The place in shared memory of a tile's element n, in bytes."""
+        n = short(n)
         return (n + (n >> _SKEW)) * itemsize(self.compute)
+
+    def element(self, a: Any, row: Int, c: Int) -> Int:
+        """The place in a tile of a row's class."""
+        return self.skewed(short(row) * short(a[self.at["classes"]]) + short(c))
 
     def tile_address(self, like: Any) -> Int:
         elements = self.threads * self.tile
@@ -63,7 +69,7 @@ class SamplesKernel(SoftmaxKernel):
     def logits_of(self, a: Any, p: Any, row: Int, c: Int) -> Any:
         """The logits of class c, a lane for each sample; `row` is the sample's in its tile."""
         if self.tile:
-            place = self.tile_address(c) + self.skewed(row * a[self.at["classes"]] + c)
+            place = self.tile_address(c) + self.element(a, row, c)
             return load_lanes(place, self.compute, self.compute, 1)
         place = self.place(p, "logits") + c * a[self.at["logits_step"]]
         return load_lanes(place, self.logits, self.compute, self.lanes)
@@ -197,7 +203,7 @@ class SamplesKernel(SoftmaxKernel):
                         results.append((name, n, each(where, live, g, nothing)))
                 for name, n, g in results:
                     if k.tile and name == "grad":
-                        place = k.tile_address(c) + k.skewed(row * a[k.at["classes"]] + c + n)
+                        place = k.tile_address(c) + k.element(a, row, c + n)
                         store_lanes(place, g, k.compute, k.pairs)
                     else:
                         place = k.place(p, name) + (c + n) * a[k.at[f"{name}_step"]]
