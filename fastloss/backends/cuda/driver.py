@@ -40,10 +40,11 @@ class Device:
         if SIMULATED:
             self.capability, self.multiprocessors = (9, 0), 4
             return
+        from cuda import core
         from cuda.bindings import driver
-        from cuda.core import Device as CoreDevice
 
-        properties = CoreDevice(number).properties
+        self._driver, self._core = driver, core  # an import in every call would take a microsecond
+        properties = core.Device(number).properties
         self.capability = (properties.compute_capability_major, properties.compute_capability_minor)
         self.multiprocessors = properties.multiprocessor_count
         _ok(driver.cuInit(0))
@@ -54,23 +55,26 @@ class Device:
         """The sizes that suit this GPU."""
         return SIMULATOR if SIMULATED else tuning_for(self.capability)
 
+    def _enter(self) -> Any:
+        """Make this the thread's GPU; gives the context to go back to, None where it was already."""
+        before = _ok(self._driver.cuCtxGetCurrent())
+        if int(before) == int(self._context):
+            return None
+        _ok(self._driver.cuCtxSetCurrent(self._context))
+        return before
+
+    def _leave(self, before: Any) -> None:
+        if before is not None:
+            _ok(self._driver.cuCtxSetCurrent(before))
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Makes this the thread's GPU, and the one that it was again afterwards."""
-        if SIMULATED:
-            yield
-            return
-        from cuda.bindings import driver
-
-        before = _ok(driver.cuCtxGetCurrent())
-        if int(before) == int(self._context):
-            yield
-            return
-        _ok(driver.cuCtxSetCurrent(self._context))
+        before = self._enter()
         try:
             yield
         finally:
-            _ok(driver.cuCtxSetCurrent(before))
+            self._leave(before)
 
     def prepare(self, kernel: Kernel, blocks: int, arguments: Sequence[int]) -> Launch:
         """A kernel compiled and loaded for this GPU, once."""
@@ -84,19 +88,15 @@ class Device:
                 self._functions[kernel] = function
         config = None
         if not SIMULATED:
-            from cuda.core import LaunchConfig
-
-            config = LaunchConfig(grid=blocks, block=kernel.threads)
+            config = self._core.LaunchConfig(grid=blocks, block=kernel.threads)
         return Launch(kernel, blocks, arguments, function, config)
 
     def _load(self, kernel: Kernel) -> Any:
         if SIMULATED:
             return kernel.build()
-        from cuda.core import ObjectCode
-
         code, name = cubin(kernel, self.capability)
         with self.current():
-            return ObjectCode.from_cubin(code).get_kernel(name)
+            return self._core.ObjectCode.from_cubin(code).get_kernel(name)
 
     def launch(
         self, launches: Sequence[Launch], stream: int, arguments: Sequence[Sequence[int]] | None = None
@@ -109,42 +109,37 @@ class Device:
             for one, given in zip(launches, arguments, strict=True):
                 simulator.launch(one.function, one.blocks, one.kernel.threads, given)
             return
-        from cuda.core import Stream, launch
-
-        handle = Stream.from_handle(stream)
-        with self.current():
+        launch, handle, before = self._core.launch, self._core.Stream.from_handle(stream), self._enter()
+        try:
             for one, given in zip(launches, arguments, strict=True):
                 launch(handle, one.config, one.function, *given)
+        finally:
+            self._leave(before)
 
     def wait_for(self, producers: set[int], stream: int) -> None:
         """Let work that is queued on `stream` from now on wait for what is queued on others."""
         others = {_canonical(producer) for producer in producers} - {_canonical(stream)}
         if SIMULATED or not others:
             return
-        from cuda.core import Stream
-
+        of = self._core.Stream.from_handle
         with self.current():
             for other in others:
-                Stream.from_handle(stream).wait(Stream.from_handle(other))
+                of(stream).wait(of(other))
 
     def synchronize(self, stream: int) -> None:
         """Wait for all that is queued on a stream."""
         if not SIMULATED:
-            from cuda.core import Stream
-
             with self.current():
-                Stream.from_handle(stream).sync()
+                self._core.Stream.from_handle(stream).sync()
 
     def read(self, address: int, nbytes: int, stream: int) -> bytes:
         """Memory of the GPU once the stream's work is done: this waits."""
         if SIMULATED:
             return ctypes.string_at(address, nbytes)
-        from cuda.bindings import driver
-
         host = ctypes.create_string_buffer(nbytes)
         with self.current():
-            _ok(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), address, nbytes, stream))
-            _ok(driver.cuStreamSynchronize(stream))
+            _ok(self._driver.cuMemcpyDtoHAsync(ctypes.addressof(host), address, nbytes, stream))
+            _ok(self._driver.cuStreamSynchronize(stream))
         return host.raw
 
     def to_host(self, memory: DeviceMemory, dtype: np.dtype[Any], stream: int) -> np.ndarray:
