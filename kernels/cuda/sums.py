@@ -41,7 +41,7 @@ from .device import (
 
 PAIRS = 3  # losses, weights, z-losses
 ROW_BYTES = 8 * len(SUMS)  # one block's sums, a slot of 8 bytes each; floats of the compute type stand first in theirs
-COUNT, INVALID = SUMS.index("count"), SUMS.index("invalid")
+WEIGHT, COUNT, INVALID = (SUMS.index(name) for name in ("weight", "count", "invalid"))
 
 # The first arguments of every kernel that adds up: where the result goes, where each block's sums go (a row each), and
 # the constant that a mean is divided by.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...arrays import View
 from ...kernels.cuda.pointwise import COPY, PointwiseKernel
-from ...kernels.cuda.sums import ROW_BYTES, Reduction
+from ...kernels.cuda.sums import COUNT, ROW_BYTES, WEIGHT, Reduction
 from ..layout import Shape, collapse
 from .run import LONG, Run, Values, broadcast
 
@@ -141,19 +141,17 @@ class PointwiseRun(Run["PointwiseCall"]):
         self.add_reduced(kernel, blocks, values, row)
         return row
 
-    def queue_check(self, row: View) -> None:
-        if self.call.loss.valid:
-            super().queue_check(row)
-
     def check(self) -> None:
         if self.call.loss.valid:
-            super().check()
+            row = self.scratch(ROW_BYTES)
+            self.queue(None, row, {}, None, raw=True)
+            self.look(row)
 
     def accumulate(self, per_sample: Any) -> list[float]:
         sums = super().accumulate(per_sample)
         if self.call.w is None:
-            sums[2] = float(self.call.samples)
-        sums[6] = float(self.call.samples)
+            sums[WEIGHT] = float(self.call.samples)
+        sums[COUNT] = float(self.call.samples)
         return sums
 
     def raise_invalid(self) -> None:

@@ -115,10 +115,12 @@ class Run(ABC, Generic[C]):
             self.raise_invalid()
         return sums
 
+    @abstractmethod
     def check(self) -> None:
-        """Look at every element before anything is written: this waits."""
-        row = self.scratch(ROW_BYTES)
-        self.queue_check(row)
+        """Look at every element before anything is written, and raise where one is invalid: this waits."""
+
+    def look(self, row: View) -> None:
+        """Run what was queued to look at every element, and raise where its row of sums tells of an invalid one."""
         self.start([])
         self.forget()
         if self.read_row(row)[INVALID]:
@@ -127,10 +129,6 @@ class Run(ABC, Generic[C]):
     def forget(self) -> None:
         """What was launched is not part of what a plan repeats."""
         self.launches, self._places, self._temporaries = [], [], []
-
-    def queue_check(self, row: View) -> None:
-        """Queue kernels whose row of sums tells whether an element is invalid."""
-        self.queue(None, row, {}, None, raw=True)
 
     def plan(self) -> GPUPlan | None:
         """How this call ran, for the next one like it; None where that may run otherwise."""
