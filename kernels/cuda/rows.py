@@ -323,8 +323,8 @@ class _Parts:
                 when(there, lambda: write(a, p, c, done, k.read(a, p, c, 1), 1))
 
         @emitted
-        def write_target(a: Any, p: Any, bounds: Any, member: Int, t: Int, done: Any) -> None:
-            """The target index's gradient, by the thread that has written another one there."""
+        def write_target(a: Any, p: Any, bounds: Any, nth: Int, member: Int, t: Int, done: Any) -> None:
+            """The target index's gradient, by the thread that has written another one there; `nth` is the slice."""
             if not k.grad or k.index is None:
                 return
             own, outcome = done[:_OWN], Outcome(*done[_OWN:])
@@ -336,7 +336,7 @@ class _Parts:
             odd = where(t < head, t, t - vectors * k.lanes)
             among_vectors = below(t - head, vectors * k.lanes)
             mine = where(among_vectors, in_vector, odd) == member
-            here = where(among_vectors, below(t - low, stop - low), low == head)
+            here = where(among_vectors, below(t - low, stop - low), nth == 0)
             when(mine & here, lambda: store(place, g, k.grad or ""))
 
         @emitted
@@ -446,7 +446,7 @@ def _whole(k: RowsKernel) -> Any:
                         write_odd(a, p, member, done)
                         spread(a, p, (low, stop), member, done)
                 if gradient:
-                    write_target(a, p, (low, stop), member, t, done)
+                    write_target(a, p, (low, stop), 0, member, t, done)
                 sums, counts = count(p, member, done, sums, counts)
             else:
                 if gradient:
@@ -464,7 +464,9 @@ def _whole(k: RowsKernel) -> Any:
 
 def _part(k: RowsKernel) -> Any:
     f = _Parts(k)
-    begin, label, piece, odd, sweep, total, save = f.begin, f.label, f.piece, f.odd, f.sweep, f.total, f.save
+    begin, label, piece, nothing, odd, sweep, total, save = (
+        f.begin, f.label, f.piece, f.nothing, f.odd, f.sweep, f.total, f.save
+    )  # fmt: skip
     samples, slices_at = k.at["samples"], k.at["slices"]
 
     def part(a):  # type: ignore[no-untyped-def]
@@ -474,8 +476,10 @@ def _part(k: RowsKernel) -> Any:
             p, head, end = begin(a, slot // slices)
             if label(a, slot // slices)[1] == LIVE:
                 low, stop = piece(a, slot, head, end)
-                others = member if low == head else a[samples]  # the first slice takes the odd classes
-                state = total(sweep(a, p, low, stop, member, odd(a, p, others)))
+                state = nothing(a)
+                if slot % slices == 0:  # the first slice takes the odd classes
+                    state = odd(a, p, member)
+                state = total(sweep(a, p, low, stop, member, state))
                 if member == 0:
                     save(a, slot, state)
             slot += cuda.gridDim.x
@@ -536,10 +540,10 @@ def _spread(k: RowsKernel) -> Any:
             if kind == LIVE:
                 done = restore(a, a[samples] * slices + r)
                 bounds = piece(a, slot, head, end)
-                if bounds[0] == head:
+                if slot % slices == 0:
                     write_odd(a, p, member, done)
                 spread(a, p, bounds, member, done)
-                write_target(a, p, bounds, member, t, done)
+                write_target(a, p, bounds, slot % slices, member, t, done)
             else:
                 c = slot % slices * group + member
                 while c < a[classes]:

@@ -146,6 +146,9 @@ class _ClassRun(Run[Any]):
         self.add_reduced(kernel, blocks, self.values(arrays), row)
         return row
 
+    def replaceable(self, source: View) -> bool:
+        return source is self.call.x or (self.call.by_probability and source is self.call.t)
+
     def check(self) -> None:
         if not self.call.by_probability:
             self.look(self.statistics())

@@ -141,6 +141,9 @@ class PointwiseRun(Run["PointwiseCall"]):
         self.add_reduced(kernel, blocks, values, row)
         return row
 
+    def replaceable(self, source: View) -> bool:
+        return source.shape == self.call.shape
+
     def check(self) -> None:
         if self.call.loss.valid:
             row = self.scratch(ROW_BYTES)

@@ -92,8 +92,10 @@ class Run(ABC, Generic[C]):
         for name, out in zip(names, grad_outs, strict=True):
             view, like, dtype = call.gradient_of(name)
             grads[name] = self.output("grad_out", out, view.shape, dtype, like)
-        losses, reduced = (self.target(result), None) if none else (None, self.target(result))
-        self.queue(losses, reduced, {name: self.target(grad) for name, grad in grads.items()}, upstream)
+        where = self.target(result, upstream)
+        losses, reduced = (where, None) if none else (None, where)
+        sinks = {name: self.target(grad, upstream) for name, grad in grads.items()}
+        self.queue(losses, reduced, sinks, upstream)
         self.start([result, *grads.values()])
         return result.array, [grad.array for grad in grads.values()]
 
@@ -155,14 +157,23 @@ class Run(ABC, Generic[C]):
             dispatch.one_device({"input": self.call.sources[0], name: view})
         return Output(name, given, shape, dtype, self.call.like if like is None else like)
 
-    def target(self, output: Output) -> View:
+    def target(self, output: Output, upstream: Any = None) -> View:
         """Where kernels write: the result's own memory, or other memory where that would overwrite what is read."""
-        memory: DeviceMemory = output.view.data
-        if output.given and any(_overlap(memory, source.data) for source in self.call.sources):
+        read = [*self.call.sources, *([upstream] if isinstance(upstream, View) else [])]
+        if output.given and any(self.clash(output.view, source) for source in read):
             other = self.temporary(output.view.shape, output.view.dtype)
             self._copies.append((other, output.view))
             return other
         return output.view
+
+    def clash(self, result: View, source: View) -> bool:
+        """Whether writing a result would change what is still read of a source."""
+        same = _place(result.data) == _place(source.data) and self.replaceable(source)
+        return not same and _overlap(result.data, source.data)
+
+    @abstractmethod
+    def replaceable(self, source: View) -> bool:
+        """Whether the thread that reads an element of a source is the only one, so that it may write there."""
 
     def temporary(self, shape: Shape, dtype: str) -> View:
         """New memory in C order."""
@@ -296,10 +307,12 @@ class Run(ABC, Generic[C]):
         return view
 
 
+def _place(memory: DeviceMemory) -> tuple[object, ...]:
+    return memory.address, memory.strides, memory.shape, memory.itemsize
+
+
 def _overlap(a: DeviceMemory, b: DeviceMemory) -> bool:
-    """Whether writing one would change what is still read of the other: not where both are the same elements."""
-    if a.address == b.address and a.strides == b.strides and a.shape == b.shape and a.itemsize == b.itemsize:
-        return False
+    """Whether two arrays may have bytes in common."""
     (a_low, a_high), (b_low, b_high) = (_span(memory) for memory in (a, b))
     return a_low < b_high and b_low < a_high
 
