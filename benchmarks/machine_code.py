@@ -26,8 +26,9 @@ from fastloss.backends.cuda.tuning import tuning_for
 from fastloss.kernels.bce import BCE
 from fastloss.kernels.bce_with_logits import BCE_WITH_LOGITS, BCE_WITH_LOGITS_POS_WEIGHT
 from fastloss.kernels.cuda.build import Kernel, cubin
-from fastloss.kernels.cuda.device import SIMULATED, VECTOR_BYTES, WARP
+from fastloss.kernels.cuda.device import SIMULATED, WARP
 from fastloss.kernels.cuda.folding import FoldingKernel
+from fastloss.kernels.cuda.memory import VECTOR_BYTES
 from fastloss.kernels.cuda.nll import NLLKernel
 from fastloss.kernels.cuda.pointwise import PointwiseKernel
 from fastloss.kernels.cuda.rows import RowsKernel

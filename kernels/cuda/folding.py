@@ -8,7 +8,8 @@ from typing import Any
 
 from ..exact import two_sum
 from .build import Kernel
-from .device import Int, Lanes, barrier, cuda, divided, emitted, load, store, thread_index, when
+from .device import Int, Lanes, barrier, cuda, divided, emitted, thread_index, when
+from .memory import load, store
 from .sums import block_total, no_sums, total_of
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..exact import two_sum
 from ..vecmath import where
-from .device import Int, Lanes, cuda, emitted, full, integer, load, store, when
+from .device import Int, Lanes, cuda, emitted, full, integer, when
+from .memory import load, store
 from .softmax import INVALID, LIVE, SoftmaxKernel
 from .sums import Reduction, closing, no_sums
 

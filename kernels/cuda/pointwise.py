@@ -11,21 +11,8 @@ from ..pointwise import Pointwise
 from ..storage import FLOATS, itemsize
 from ..vecmath import where
 from .build import Kernel
-from .device import (
-    VECTOR_BYTES,
-    Int,
-    Lanes,
-    cuda,
-    divided,
-    each,
-    emitted,
-    fold,
-    full,
-    load,
-    load_lanes,
-    number,
-    store_lanes,
-)
+from .device import Int, Lanes, cuda, divided, each, emitted, fold, full, number
+from .memory import VECTOR_BYTES, load, load_lanes, store_lanes
 from .sums import FIRST_FIELDS, Reduction, closing, no_sums, quotient, read_row
 
 

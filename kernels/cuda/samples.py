@@ -14,7 +14,6 @@ from ..exact import two_sum
 from ..storage import itemsize
 from ..vecmath import where
 from .device import (
-    VECTOR_BYTES,
     Int,
     Lanes,
     barrier,
@@ -25,15 +24,12 @@ from .device import (
     full,
     integer,
     lanes_of,
-    load,
-    load_lanes,
     loop,
     shared,
     short,
     smaller,
-    store,
-    store_lanes,
 )
+from .memory import VECTOR_BYTES, load, load_lanes, store, store_lanes
 from .softmax import INVALID, LIVE, Outcome, Scales, SoftmaxKernel
 from .sums import Reduction, closing, no_sums
 

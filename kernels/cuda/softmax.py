@@ -14,22 +14,8 @@ from typing import Any, NamedTuple
 from ..storage import itemsize
 from ..vecmath import log, tanh, where
 from .build import Kernel
-from .device import (
-    Int,
-    below,
-    divided,
-    each,
-    exp_of_negative,
-    fold,
-    full,
-    integer,
-    larger,
-    load,
-    load_int,
-    number,
-    store,
-    to_float,
-)
+from .device import Int, below, divided, each, exp_of_negative, fold, full, integer, larger, number, to_float
+from .memory import load, load_int, store
 from .sums import FIRST_FIELDS, Reduction, quotient, read_row
 
 CLASSY = ("logits", "probabilities", "grad", "grad_target")  # arrays of shape (N, C, ...)

@@ -27,17 +27,14 @@ from .device import (
     full,
     integer,
     isfinite,
-    load,
-    load_int,
     loop,
     shared,
-    store,
-    store_int,
     thread_index,
     to_float,
     to_int,
     when,
 )
+from .memory import load, load_int, store, store_int
 
 PAIRS = 3  # losses, weights, z-losses
 ROW_BYTES = 8 * len(SUMS)  # one block's sums, a slot of 8 bytes each; floats of the compute type stand first in theirs

@@ -11,6 +11,7 @@ from fastloss import losses
 from fastloss.backends.cuda import driver, tuning
 from fastloss.backends.cuda.driver import Device, Launch
 from fastloss.kernels.cuda import device
+from fastloss.kernels.cuda import memory as device_memory
 from fastloss.plans import Plans
 
 LAYOUTS = ["small"] if device.SIMULATED else ["small", "own"]
@@ -53,7 +54,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the simulator: an access that a GPU would refuse, or that leaves an array for what lies beside it, fails."""
     on_device.margins.clear()
     if device.SIMULATED:
-        touch = device._array
+        touch = device_memory._array
 
         def touching(address: int, count: int, storage: str) -> Any:
             array = touch(address, count, storage)
@@ -61,6 +62,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             assert not on_device.in_margin(address, array.nbytes), "a kernel left its arrays"
             return array
 
-        monkeypatch.setattr(device, "_array", touching)
+        monkeypatch.setattr(device_memory, "_array", touching)
     yield
     on_device.margins.clear()

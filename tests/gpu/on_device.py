@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 import table
 from fastloss.backends.cuda.driver import Launch
 from fastloss.kernels.cuda.build import Kernel
-from fastloss.kernels.cuda.device import SIMULATED, VECTOR_BYTES, WARP
+from fastloss.kernels.cuda.device import SIMULATED, WARP
 from fastloss.kernels.cuda.folding import FoldingKernel
+from fastloss.kernels.cuda.memory import VECTOR_BYTES
 from fastloss.kernels.cuda.nll import NLLKernel
 from fastloss.kernels.cuda.pointwise import COPY, PointwiseKernel
 from fastloss.kernels.cuda.rows import RowsKernel

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...arrays import View
-from ...kernels.cuda.device import VECTOR_BYTES, WARP
+from ...kernels.cuda.device import WARP
+from ...kernels.cuda.memory import VECTOR_BYTES
 from ...kernels.cuda.nll import NLLKernel
 from ...kernels.cuda.rows import SAVED_BYTES, RowsKernel
 from ...kernels.cuda.samples import SamplesKernel

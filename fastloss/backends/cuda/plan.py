@@ -8,7 +8,7 @@ from typing import Any
 
 from ... import checks
 from ...arrays import View
-from ...kernels.cuda.device import VECTOR_BYTES
+from ...kernels.cuda.memory import VECTOR_BYTES
 from .driver import Device, Launch
 
 
