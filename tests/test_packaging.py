@@ -82,10 +82,10 @@ def test_wheel_is_pure_python_and_whole(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("fastloss", "fastloss/arrays", "fastloss/backends")
+        for folder in ("fastloss", "fastloss/arrays", "fastloss/backends", "fastloss/backends/cuda")
         for path in (ROOT / folder).glob("*.py")
     }
-    kernels = {f"fastloss/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {f"fastloss/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert "fastloss/kernels/__init__.py" in kernels
     assert names == sources | kernels | {"fastloss/py.typed"}
 
