@@ -10,6 +10,7 @@ from numba import cuda
 from numpy.typing import NDArray
 
 import table
+from fastloss.arrays.numba_cuda import address
 from fastloss.backends.cuda.driver import Launch
 from fastloss.kernels.cuda.build import Kernel
 from fastloss.kernels.cuda.device import SIMULATED, WARP
@@ -40,24 +41,24 @@ def cut_from(room: Any, shape: tuple[int, ...], dtype: Any, offset: int, strides
 
 
 class Room:
-    """Device memory around an array laid out as a NumPy array is, `shift` items off the alignment of the memory. What
+    """Device memory around an array laid out as a NumPy array is, `shift` items after a multiple of 128 bytes. What
     does not belong to the array are random bytes, which must stay as they are."""
 
     def __init__(self, host: Array, shift: int = 0) -> None:
         reach = [(n - 1) * s for n, s in zip(host.shape, host.strides, strict=True)] if host.size else []
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-        own = high - low + host.itemsize * bool(host.size)
-        self.shape, self.dtype, self.strides = host.shape, host.dtype, host.strides
-        self.offset = MARGIN + shift * host.itemsize - low
-        self.before = np.random.default_rng(own).integers(0, 256, self.offset + low + own + MARGIN, np.uint8)
-        self.read(self.before)[...] = host
+        own, lead = high - low + host.itemsize * bool(host.size), shift * host.itemsize
+        self.before = np.random.default_rng(own).integers(0, 256, own + lead + 2 * MARGIN + 128, np.uint8)
         self.memory = cuda.to_device(self.before)
+        start = address(self.memory)
+        first = MARGIN - (start + MARGIN - low) % -128 + lead
+        self.shape, self.dtype, self.strides, self.offset = host.shape, host.dtype, host.strides, first - low
+        self.read(self.before)[...] = host
+        self.memory.copy_to_device(self.before)
         self.array = cut_from(self.memory, self.shape, self.dtype, self.offset, self.strides)
         if SIMULATED:
-            start = self.memory.ctypes.data
-            first = start + self.offset + low
-            for margin in ((start, first, self.memory), (first + own, start + self.before.size, self.memory)):
-                bisect.insort(margins, margin, key=lambda margin: margin[0])
+            for low, high in ((start, start + first), (start + first + own, start + self.before.size)):
+                bisect.insort(margins, (low, high, self.memory), key=lambda margin: margin[0])
 
     def read(self, memory: Array | None = None) -> Array:
         """The array, in a copy of the memory."""
@@ -293,12 +294,12 @@ def kinds(kind: type[Kernel] = Kernel) -> Iterator[type[Kernel]]:
         yield from kinds(sub)
 
 
-def in_margin(address: int, nbytes: int) -> bool:
+def in_margin(first: int, nbytes: int) -> bool:
     """Whether an access leaves an array for what lies beside it."""
-    k = bisect.bisect_left(margins, address + nbytes, key=lambda margin: margin[0])
-    return k > 0 and margins[k - 1][1] > address
+    k = bisect.bisect_left(margins, first + nbytes, key=lambda margin: margin[0])
+    return k > 0 and margins[k - 1][1] > first
 
 
-def aligned(address: int, nbytes: int) -> bool:
+def aligned(first: int, nbytes: int) -> bool:
     """Whether a GPU can load or store so many bytes at once, or in pieces of 16."""
-    return address % math.gcd(nbytes, VECTOR_BYTES) == 0
+    return first % math.gcd(nbytes, VECTOR_BYTES) == 0

@@ -1,11 +1,8 @@
 """Gradients on a GPU against the oracle: every operand, upstream gradients, and where results may lie."""
 
-import itertools
-
 import numpy as np
 import pytest
 from on_device import (
-    DEVICE_ARRAY,
     LAYOUTS,
     Room,
     check_gradient,
@@ -34,27 +31,24 @@ def test_each_option_and_reduction(row: Row, choice: Options, rng: Rng) -> None:
         sample = row.draw(rng, shape, choice=choice)
         for operand in filter(lambda operand: has_gradient(sample, operand), row.gradients):
             check_gradient(row, sample, "none", operand, upstream(row, sample, rng))
-            for reduction in row.reductions[1:] if shape == (5, 6) or not row.classes else ():
-                kinds = [None, float(rng.uniform(-2, 2)), upstream(row, sample, rng, reduction)]
-                check_gradient(row, sample, reduction, operand, kinds[rng.integers(3)])
+            reduction = str(rng.choice(row.reductions[1:]))
+            kinds = [None, float(rng.uniform(-2, 2)), upstream(row, sample, rng, reduction)]
+            check_gradient(row, sample, reduction, operand, kinds[rng.integers(3)])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_upstream_gradients(row: Row, rng: Rng) -> None:
-    """None is 1, and an array means its numbers, whatever their dtype and layout: the same bits."""
-    for shape in ((5, 6), (2, 17)):
+    """None is 1, and an array means its numbers, whatever their dtype and layout."""
+    for shape in ((5, 6), (1, 17)) if row.classes else ((3, 5),):
         sample = row.draw(rng, shape, choice=row.everything())
         device = upload(sample)
         reduction, up = str(rng.choice(row.reductions[1:])), upstream(row, sample, rng, "mean")
-        for given, same in ((None, 1.0), (up, up.astype(np.float64))):
-            grads = [check_gradient(row, sample, reduction, "input", one, device) for one in (given, same)]
-            np.testing.assert_array_equal(*grads)
+        grads = [check_gradient(row, sample, reduction, "input", one, device) for one in (None, 1.0)]
+        np.testing.assert_array_equal(*grads)
+        check_gradient(row, sample, reduction, "input", up.astype(np.float64), device)
         up = upstream(row, sample, rng)
-        plain = check_gradient(row, sample, "none", "input", up, device)
         for name in ("backwards", "every-second"):
-            placed = on_device(LAYOUTS[name](up))
-            _, got = row.gradient(device, reduction="none", grad_output=placed)
-            np.testing.assert_array_equal(host(got), plain)
+            check_gradient(row, sample, "none", "input", LAYOUTS[name](up), device)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -135,15 +129,14 @@ def test_several_operands(row: Row, rng: Rng) -> None:
     fused = fastloss.value_and_grad(row.function, argnums=argnums)
     for shape in ((5, 6), (2, 21)) if row.classes else ((3, 11),):
         sample = row.draw(rng, shape, choice={"weight": CLASSES} if row.classes else {})
-        expected = [check_gradient(row, sample, "sum", operand) for operand in row.gradients]
         device = upload(sample)
-        _, grads = fused(device.input, device.target, **device.options, reduction="sum")
-        assert [type(grad) for grad in grads] == [DEVICE_ARRAY] * len(argnums)
-        swapped = [device.target, device.input, *device.options.values()][: len(argnums)]
-        _, moved = fused(device.input, device.target, **device.options, reduction="sum", grad_out=tuple(swapped))
-        for grad, other, alone in zip(grads, moved, expected, strict=True):
-            np.testing.assert_array_equal(host(grad), alone)
-            np.testing.assert_array_equal(host(other), alone)
+        swapped = (device.target, device.input, *device.options.values())[: len(argnums)]
+        for grad_out in (None, swapped):
+            value, grads = fused(device.input, device.target, **device.options, reduction="sum", grad_out=grad_out)
+            assert isinstance(grads, tuple)
+            for operand, grad in zip(row.gradients, grads, strict=True):
+                compare(row, sample, "sum", operand, None, host(value), host(grad))
+        assert all(grad is given for grad, given in zip(grads, swapped, strict=True))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
@@ -158,7 +151,8 @@ def test_gradients_that_lie_across_the_input(row: Row, rng: Rng) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_results_that_lie_across_the_upstream_gradient(row: Row, rng: Rng) -> None:
     """The memory of grad_output may become that of a result."""
-    for shape, by in itertools.product(((34, 3), (2, 20), (2, 3, 8)) if row.classes else ((3, 50),), (0, 1, -1)):
+    classes = (((34, 3), 0), ((34, 3), 1), ((2, 20), 0), ((2, 20), -1), ((2, 3, 8), 0))
+    for shape, by in classes if row.classes else (((3, 50), 0), ((3, 50), 1), ((3, 50), -1)):
         sample = row.draw(rng, shape)
         up = upstream(row, sample, rng)
         for name, result in (("out", up.shape), ("grad_out", shape)):
@@ -170,15 +164,14 @@ def test_results_that_lie_across_the_upstream_gradient(row: Row, rng: Rng) -> No
 @pytest.mark.parametrize("row", [row for row in CLASS_ROWS if row.indices], ids=name_of)
 def test_losses_that_lie_across_the_weights(row: Row, rng: Rng) -> None:
     """As many samples as classes: their losses may take the place of the class weights, and no weight is lost."""
-    for n in (5, 18):
+    for n, by in ((5, 0), (5, 1), (16, 0)):
         sample = row.draw(rng, (n, n), choice={"weight": CLASSES})
-        for by in (0, 1):
-            weight, out = overlapping(sample.options["weight"], (n,), by)
-            device = Sample(on_device(sample.input), on_device(sample.target), {"weight": weight})
-            check_value(row, sample, "none", device, out=out)
-            weight, out = overlapping(sample.options["weight"], (n,), by)
-            device = Sample(device.input, device.target, {"weight": weight})
-            check_gradient(row, sample, "none", "input", np.ones(n, np.float32), device, out=out)
+        weight, out = overlapping(sample.options["weight"], (n,), by)
+        device = Sample(on_device(sample.input), on_device(sample.target), {"weight": weight})
+        check_value(row, sample, "none", device, out=out)
+        weight, out = overlapping(sample.options["weight"], (n,), by)
+        device = Sample(device.input, device.target, {"weight": weight})
+        check_gradient(row, sample, "none", "input", np.ones(n, np.float32), device, out=out)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.classes], ids=name_of)

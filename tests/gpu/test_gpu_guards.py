@@ -12,7 +12,7 @@ from table import BY_ID, CLASSES, DTYPES, Rng, Row, Sample, assert_within, name_
 
 CE, NLL, BCE = (BY_ID[name] for name in ("cross_entropy", "nll_loss", "binary_cross_entropy"))
 # One for each way that a sample's classes are read: tiled, by a warp, by a block, piece by piece, in slices, apart.
-SHAPES = ((40, 5), (4, 21), (3, 131), (3, 300), (2, 1030), (2, 5, 6), (2, 5, 8))
+SHAPES = ((40, 5), (4, 21), (3, 131), (2, 261), (2, 1030), (2, 5, 6), (2, 5, 8))
 KINDS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
 
@@ -59,9 +59,7 @@ def test_indices_out_of_range(row: Row, kind: str, rng: Rng) -> None:
         device = Sample(inputs[0].array, inputs[1].array, weights)
         up = rng.uniform(-2, 2, target.shape).astype(np.float32)
         losses, grad = Room(np.zeros(target.shape, np.float32)), Room(np.zeros(shape, np.float32))
-        row.gradient(
-            device, reduction="none", grad_output=on_device(up), out=losses.array, grad_out=grad.array
-        )
+        row.gradient(device, reduction="none", grad_output=on_device(up), out=losses.array, grad_out=grad.array)
         compare_without(row, sample, bad, up, losses.read(), grad.read())
         total, slopes = Room(np.zeros((), np.float32)), Room(np.zeros(shape, np.float32))
         row.gradient(device, reduction=str(rng.choice(["mean", "sum"])), out=total.array, grad_out=slopes.array)
@@ -142,7 +140,7 @@ def test_checks_of_indices(row: Row, asked: str, rng: Rng, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_probabilities_out_of_range(dtype: str, rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN for the element alone; ValueError with the value and its position where checks are asked for."""
-    for n in (20, 530 if dtype == "float32" else 140):
+    for n in (20, 530 if dtype == "float32" else 67):
         for operand in ("input", "target"):
             sample = BCE.draw(rng, (n,), DTYPES[dtype])
             bad = np.zeros(n, bool)

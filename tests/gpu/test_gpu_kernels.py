@@ -191,7 +191,7 @@ def test_copies_where_a_result_lies_across_its_input(row: Row, launches: list[La
 
 
 @pytest.mark.skipif(not SIMULATED, reason="a GPU orders its threads itself")
-@pytest.mark.parametrize("shape", [(70, 5), (2, 30), (2, 140), (2, 300), (1, 1100), (2, 3, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 5), (2, 30), (1, 140), (1, 300), (1, 1100), (2, 3, 8)], ids=str)
 def test_threads_in_any_order(shape: tuple[int, ...], rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but barriers and exchanges orders the threads of a block: any other order gives the same bits."""
     from fastloss.kernels.cuda.simulator import Block

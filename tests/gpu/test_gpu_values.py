@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_device import LAYOUTS, check_value, host, on_device, upload, value_bound
+from on_device import LAYOUTS, Room, check_value, host, on_device, upload, value_bound
 
 import fastloss
 from table import BY_ID, CLASS_ROWS, DTYPES, POINTWISE, ROWS, Options, Rng, Row, Sample, assert_within, name_of, ulp
@@ -139,3 +139,19 @@ def test_probabilities_of_other_dtypes(rng: Rng) -> None:
             like = Sample(sample.input.astype(DTYPES[result]), sample.target, {})
             bound = value_bound(row, like, "mean")
             assert_within(got, row.truth(sample).value, bound, DTYPES[result], f"{left} {right}")
+
+
+@pytest.mark.parametrize(("left", "right"), [("float64", "float16"), ("float32", "bfloat16"), ("float16", "float32")])
+def test_the_same_call_elsewhere_in_memory(left: str, right: str, rng: Rng) -> None:
+    """A call like an earlier one repeats its launches, which suit arrays aligned as those were: in vectors of as many
+    elements, 16 bytes of the narrower dtype and more of the wider."""
+    for row, shape in ((BY_ID["cross_entropy-probabilities"], (2, 37)), (BY_ID["mse_loss"], (150,))):
+        for shift in (0, 8, 2, 4, 6, 1, 0):
+            drawn = row.draw(rng, shape, "float64")
+            sample = Sample(drawn.input.astype(DTYPES[left]), drawn.target.astype(DTYPES[right]), {})
+            device = Sample(Room(sample.input, shift).array, Room(sample.target).array, {})
+            got = host(row.call(device, dtype="float64"))
+            like = Sample(sample.input.astype(np.result_type(np.float32, left)), sample.target, {})
+            truth = row.truth(sample).value
+            bound = value_bound(row, like, "mean") + ulp(truth, np.float32)
+            assert_within(got, truth, bound, np.float64, f"{row.id} {left} {right} {shift}")
