@@ -43,7 +43,7 @@ def test_special_logits(row: Row, special: float, rng: Rng) -> None:
 @pytest.mark.parametrize("special", [NAN, INF, -INF], ids=["nan", "inf", "minus-inf"])
 @pytest.mark.parametrize("row", CLASS_ROWS, ids=name_of)
 def test_gradients_at_special_logits(row: Row, special: float, rng: Rng) -> None:
-    for shape in SHAPES:
+    for shape in SHAPES[rng.integers(2) :: 2]:  # half of them
         sample = row.draw(rng, shape)
         rows = rows_of(sample.input)
         for at in list(np.ndindex(rows.shape[:-1]))[::2]:

@@ -65,7 +65,7 @@ def test_as_on_the_cpu(row: Row, turn: int, rng: Rng) -> None:
         room.check()
 
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_as_the_oracle_has_it(row: Row, turn: int, rng: Rng) -> None:
     """Any options, dtypes and operands."""

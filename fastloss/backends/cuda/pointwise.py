@@ -141,6 +141,9 @@ class PointwiseRun(Run["PointwiseCall"]):
         self.add_reduced(kernel, blocks, values, row)
         return row
 
+    def in_vectors(self, view: View) -> bool:
+        return True
+
     def replaceable(self, source: View) -> bool:
         return source.shape == self.call.shape
 

@@ -14,9 +14,11 @@ from ...arrays import DeviceMemory, View
 from ...kernels.cuda.build import Kernel
 from ...kernels.cuda.device import WARP, bits
 from ...kernels.cuda.folding import FoldingKernel
+from ...kernels.cuda.memory import VECTOR_BYTES
 from ...kernels.cuda.pointwise import COPY, PointwiseKernel
 from ...kernels.cuda.sums import COUNT, INVALID, PAIRS, ROW_BYTES, Combination, Reduction
 from ...kernels.pointwise import SUMS
+from ...kernels.storage import FLOATS
 from ..layout import Shape, as_floats, collapse
 from .driver import Launch, device
 from .plan import GPUPlan
@@ -145,7 +147,15 @@ class Run(ABC, Generic[C]):
         if len(set(addresses)) < len(addresses):  # which is which would be a guess
             return None
         patches = [(launch, argument, addresses.index(view.data.address)) for launch, argument, view in self._places]
-        return GPUPlan(self.device, self.adapter, self.launches, patches, call.sources, new, self._temporaries)
+        sizes = [view.data.itemsize for view in (*call.sources, *new) if self.in_vectors(view)]
+        alignment = VECTOR_BYTES * max(sizes) // min(sizes)  # bytes of the widest array's vector
+        return GPUPlan(
+            self.device, self.adapter, self.launches, patches, call.sources, new, self._temporaries, alignment
+        )
+
+    def in_vectors(self, view: View) -> bool:
+        """Whether kernels may read or write an array by vectors, whose lanes are those of the narrowest of them."""
+        return view.dtype in FLOATS
 
     # memory
 
