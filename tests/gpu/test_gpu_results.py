@@ -12,7 +12,7 @@ from on_device import DEVICE_ARRAY, Room, check_gradient, check_value, host, on_
 
 import fastloss
 import table
-from fastloss import runtime
+from fastloss import modules, runtime
 from table import BY_ID, DTYPES, ROWS, Rng, Row, Sample, assert_within, name_of
 
 CE = BY_ID["cross_entropy"]
@@ -175,7 +175,7 @@ def test_meter_with_weights(rng: Rng) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_classes_are_their_functions(row: Row, rng: Rng) -> None:
-    kind = next(kind for kind in vars(fastloss).values() if getattr(kind, "function", None) is row.function)
+    kind = next(kind for kind in vars(modules).values() if getattr(kind, "function", None) is row.function)
     taken = inspect.signature(kind).parameters
     sample = row.draw(rng, (12, 5), choice={name: v for name, v in row.everything().items() if name in taken})
     device = upload(sample)
