@@ -275,6 +275,7 @@ class SoftmaxCall(_ClassCall):
             self.compute,
             self.x.dtype,
             self.t.dtype if self.by_probability else None,
+            "int64" if self.by_probability else self.index.dtype.name,
             weights is not None,
             self.label_smoothing > 0,
             self.lse_square_scale > 0,
@@ -361,6 +362,7 @@ class NLLCall(_ClassCall):
         logits = _native(self.logits)
         variant = cpu.nll_variant(
             self.x.dtype,
+            self.index.dtype.name,
             weights is not None,
             upstream is not None,
             losses.dtype if losses else None,

@@ -9,16 +9,18 @@ from . import storage
 from .compiler import Variant
 from .exact import two_sum
 from .pointwise import SUMS
-from .softmax import ARRAYS, PARAMETERS
+from .records import ARRAYS, NUMBERS
+from .targets import INVALID, LIVE, Targets
 from .values import F64, I64, Value, full, loop, when
 
 
 @dataclass(frozen=True)
 class NLLVariant(Variant):
-    """One kernel over the arrays and parameters of `softmax`, in the layout `rows`, the steps between classes given.
+    """One kernel over the arrays and parameters of `softmax`, which may lie in any way.
     Only the targets' gradients are written: the others stay the zeros that they are."""
 
     logits: str
+    index: str = "int64"  # storage of the class indices
     weighted: bool = False  # float64 class weights
     upstream: bool = False
     losses: str | None = None
@@ -27,34 +29,34 @@ class NLLVariant(Variant):
     @property
     def key(self) -> tuple[object, ...]:
         """What tells this kernel from every other, for the disk cache."""
-        return ("nll", self.logits, self.weighted, self.upstream, self.losses, self.grad)
+        return ("nll", self.logits, self.index, self.weighted, self.upstream, self.losses, self.grad)
 
     def emit(self, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
         """`void kernel(n, arrays, parameters, sums)` over n samples; adds to the float64 slots `SUMS`."""
         a = {name: (arrays + 8 * k).load(I64) for k, name in enumerate(ARRAYS)}
-        scale = (parameters + 8 * PARAMETERS.index("scale")).load(F64)
+        scale = (parameters + 8 * NUMBERS.index("scale")).load(F64)
+        targets = Targets(a["index"], self.index, a["classes"], a["ignore_index"])
         zero, one = full(n.b, F64, 1), full(n.b, F64, 1, 1.0)
 
         def sample(i: Value, *state: Value) -> Sequence[Value]:
-            t = (a["index"] + 8 * i).load(I64)
-            inside, ignored = t.below(a["classes"]), t == a["ignore_index"]
+            t, fate = targets.one(i)
 
             def live() -> list[Value]:
-                row = (a["logits"] + 8 * i).load(I64)
+                row = a["logits"] + i * a["logits_row"]
                 x = storage.load(row + t * a["logits_step"], self.logits, F64)
                 weight = (a["weight"] + 8 * t).load(F64) if self.weighted else one
                 if self.grad:
                     slope = -(weight * scale)
                     if self.upstream:
                         slope = slope * (a["upstream"] + 8 * i).load(F64)
-                    target = (a["grad"] + 8 * i).load(I64) + t * a["grad_step"]
+                    target = a["grad"] + i * a["grad_row"] + t * a["grad_step"]
                     storage.store(target, slope, self.grad)
                 return [-(weight * x), weight, one]
 
-            loss, weight, count = when(inside & ~ignored, live, lambda: [zero] * 3)
+            loss, weight, count = when(fate == LIVE, live, lambda: [zero] * 3)
             if self.losses:
                 storage.store(a["losses"] + i * storage.itemsize(self.losses), loss, self.losses)
-            invalid = (inside | ignored).select(state[5], 1.0)
+            invalid = (fate == INVALID).select(one, state[5])
             return [*two_sum(state[0:2], loss), *two_sum(state[2:4], weight), state[4] + count, invalid]
 
         names = ("loss", "loss_low", "weight", "weight_low", "count", "invalid")

@@ -18,9 +18,11 @@ class Header(NamedTuple):
     parameters: int  # addresses: float64 parameters, rows of sums,
     sums: int
     arrays: int  # and what every chunk of a row loss passes to its kernel, the slots of its own arrays empty
+    allocate: int  # C functions: memory of so many bytes, and its end
+    free: int
 
 
-FUNCTION, TOTAL, PER_CHUNK, NDIM, N_ARRAYS, N_SOURCES, ALIGNMENT, PARAMETERS, SUMS, TEMPLATE = range(10)
+FUNCTION, TOTAL, PER_CHUNK, NDIM, N_ARRAYS, N_SOURCES, ALIGNMENT, PARAMETERS, SUMS, TEMPLATE, ALLOCATE, FREE = range(12)
 BODY = len(Header._fields)
 
 # Columns of an array's record; its strides in bytes follow. CLASS_STEP is the stride between classes, or 1 for
@@ -30,3 +32,15 @@ ADDRESS, ITEMSIZE, DIRECT, SWAP, CLASS_STEP, STRIDES = range(6)
 # a row loss's records, in order; the first four have a class dimension
 LOGITS, PROBABILITIES, GRAD, GRAD_TARGET, INDEX, UPSTREAM, LOSSES = range(7)
 N_CLASSY = 4
+
+# What a call of a row loss's kernel passes, all 64 bits wide: addresses of the first sample's first class, the bytes
+# from class to class and from sample to sample; what each sample has one of; class weights; how many samples make a
+# tile, and where scratch is (for the driver, which makes it: how many bytes).
+ARRAYS = (
+    "logits", "probabilities", "grad", "grad_target",
+    "logits_step", "probabilities_step", "grad_step", "grad_target_step",
+    "logits_row", "probabilities_row", "grad_row", "grad_target_row",
+    "index", "upstream", "losses", "weight", "classes", "ignore_index", "tile", "scratch",
+)  # fmt: skip
+# float64: scale of gradients, of the z-loss's gradient; 1 - e and e / C of label smoothing; sum of class weights
+NUMBERS = ("scale", "scale_z", "keep", "share", "weight_sum", "lse_square_scale", "softcap")

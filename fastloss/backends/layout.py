@@ -91,8 +91,9 @@ class Samples:
         array = self.arrays[k]
         return array is not None and (self.strides[k][-1] == array.itemsize or self.shape == (1,))
 
-    def records(self, rows: bool) -> list[list[int]]:
-        """One row for each array, zeros for those that are absent; `rows` as in `SoftmaxVariant.layout`."""
+    def records(self, by_row: bool) -> list[list[int]]:
+        """One row for each array, zeros for those that are absent; `by_row`: for kernels that want a sample's classes
+        side by side, not a class's samples."""
         table = [[0] * (STRIDES + len(self.shape)) for _ in self.arrays]
         for k, strides in self.strides.items():
             array = self.arrays[k]
@@ -101,7 +102,7 @@ class Samples:
             if k < N_CLASSY:
                 step = array.strides[1]
                 aligned = all(stride % array.itemsize == 0 for stride in (step, *strides))
-                in_place = aligned and (self.classes_adjoin(k) if rows else self.samples_adjoin(k))
+                in_place = aligned and (self.classes_adjoin(k) if by_row else self.samples_adjoin(k))
             else:
                 step = int(k == INDEX and array.dtype.kind == "u")
                 in_place = linear(self.shape, strides, array.itemsize)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..storage import itemsize
 from ..vecmath import log, tanh, where
 from .build import Kernel
-from .device import Int, below, divided, each, exp_of_negative, fold, full, integer, larger, number, to_float
+from .device import Int, below, both, divided, each, exp_of_negative, fold, full, integer, larger, number, to_float
 from .memory import load, load_int, store
 from .sums import FIRST_FIELDS, Reduction, quotient, read_row
 
@@ -125,6 +125,8 @@ class SoftmaxKernel(Kernel):
             return integer(a[0], 0), integer(a[0], LIVE)
         t = load_int(self.place(p, "index"), self.index)
         inside, ignored = below(t, a[self.at["classes"]]), t == a[self.at["ignore_index"]]
+        if self.index == "uint64":  # what loads as a negative number is none
+            ignored = both(ignored, below(t, 2**63 - 1))
         kind = where(ignored, integer(a[0], IGNORED), where(inside, integer(a[0], LIVE), integer(a[0], INVALID)))
         return where(kind == LIVE, t, integer(a[0], 0)), kind
 

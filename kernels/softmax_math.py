@@ -1,0 +1,227 @@
+"""What every layout of softmax cross-entropy shares: sixteen samples, a lane each, from their sums to their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from llvmlite import ir
+
+from . import storage
+from .exact import add_lanes, two_sum
+from .pointwise import SUMS
+from .records import ARRAYS, NUMBERS
+from .targets import INVALID, LIVE, Targets
+from .values import F32, F64, I64, LANES, SIZE, Value, full, when
+from .vecmath import log, log_of_normal, tanh
+
+if TYPE_CHECKING:
+    from .softmax import SoftmaxVariant
+
+class ClassSums(NamedTuple):
+    """Over a sample's classes: exponentials, probability mass, mass times (logit - origin)."""
+
+    exponentials: Value
+    mass: Value
+    dot: Value
+
+
+class Reference(NamedTuple):
+    """What was subtracted from a sample's logits: high + low in exponentials, origin in `ClassSums.dot`."""
+
+    high: Value
+    low: Value
+    origin: Value
+
+
+class Samples(NamedTuple):
+    """Sixteen samples; all numbers of the kernel's wide type."""
+
+    fate: Value
+    reference: Reference
+    sums: ClassSums
+    z: Value | None  # the target's logit
+    weight: Value | None  # of the target's class
+    upstream: Value | None
+
+
+class Loss(NamedTuple):
+    """What samples' sums amount to, in the wide type."""
+
+    loss: Value
+    z: Value
+    lse: Value
+    share: Value  # what an exponential is multiplied by in the gradient
+    scale: Value  # what the rest of the gradient is multiplied by
+
+
+class SoftmaxKernel:
+    """The emission of one variant. A layout's subclass finds the sums over the classes and writes the gradients."""
+
+    def __init__(self, variant: SoftmaxVariant, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
+        self.v, self.n, self.sums, self.b = variant, n, sums, n.b
+        self.a = {name: (arrays + 8 * k).load(I64) for k, name in enumerate(ARRAYS)}
+        self.p = {name: (parameters + 8 * k).load(F64) for k, name in enumerate(NUMBERS)}
+        self.type = storage.COMPUTE[variant.compute]
+        self.plain = not (variant.probabilities or variant.weighted or variant.smoothing or variant.z_loss)
+        # Without options a loss is one difference and one logarithm, which float32 holds as well as the logits do.
+        self.wide = self.type if self.plain else F64
+        # Lanes of the running sums: four losses of float32 add up in float64 without an error that would matter.
+        self.sum_lanes = LANES // 4 if self.wide == F32 else LANES
+        self.classes, self.begin = self.a["classes"], Value(self.b, I64(0))
+        self.targets = Targets(self.a["index"], variant.index, self.classes, self.a["ignore_index"])
+        self.summed = ("loss", "loss_low") if self.plain else ("loss", "loss_low", "weight", "weight_low", "z", "z_low")
+
+    # the sums of all samples
+
+    def no_sums(self) -> list[Value]:
+        """What `add_samples` starts from."""
+        return [full(self.b, F64, self.sum_lanes)] * len(self.summed) + [self.begin] * 2
+
+    def add_samples(self, state: Sequence[Value], fate: Value, usual: Value, loss: Value, *more: Value) -> list[Value]:
+        """Sixteen samples more, which all live if `usual`: their losses, and where they are not plain their weights and
+        z-losses."""
+        terms = (loss, *more)
+
+        def all_() -> list[Value]:
+            return [*terms, Value(self.b, I64(LANES)), self.begin]
+
+        def some() -> list[Value]:
+            live = fate == LIVE
+            return [*(live.select(term, 0.0) for term in terms), live.count(), (fate == INVALID).count()]
+
+        *added, count, invalid = when(usual, all_, some)
+        out: list[Value] = []
+        for k, term in enumerate(added):
+            out += self.add_term(state[2 * k : 2 * k + 2], term)
+        return [*out, state[-2] + count, state[-1] + invalid]
+
+    def add_term(self, pair: Sequence[Value], term: Value) -> tuple[Value, Value]:
+        """A running sum and sixteen terms more."""
+        term = term.to(F64)
+        while term.lanes > self.sum_lanes:
+            a, b = term.halves()
+            term = a + b
+        return two_sum(pair, term)
+
+    def store_sums(self, state: Sequence[Value]) -> None:
+        """Add what `add_samples` gave to the slots of the chunk."""
+
+        def slot(name: str) -> Value:
+            return self.sums + 8 * SUMS.index(name)
+
+        def add(names: Sequence[str], pair: Sequence[Value]) -> None:
+            old = [slot(name).load(F64) for name in names]
+            for name, value in zip(names, add_lanes(old, pair), strict=True):
+                slot(name).store(value)
+
+        for k in range(0, len(self.summed), 2):
+            add(self.summed[k : k + 2], state[k : k + 2])
+        count, invalid = (number.to(F64) for number in state[-2:])
+        if self.plain:
+            add(("weight", "weight_low"), (count, full(self.b, F64, 1)))
+        for name, number in (("count", count), ("invalid", invalid)):
+            slot(name).store(slot(name).load(F64) + number)
+
+    # reading
+
+    def column(self, elem: ir.Type, count: int = LANES) -> Value:
+        """The address of scratch for `count` numbers."""
+        with self.b.goto_entry_block():
+            memory = self.b.alloca(ir.ArrayType(elem, count))
+        memory.align = SIZE[elem] * LANES
+        return Value(self.b, self.b.ptrtoint(memory, I64))
+
+    def logit_of(self, raw: Value) -> tuple[Value, Value | None]:
+        """A logit out of what was read, and tanh(x / softcap) where it is capped."""
+        if not self.v.softcap:
+            return raw, None
+        bent = tanh(raw * (1.0 / self.p["softcap"].to(self.type)))
+        return self.uncapped(bent), bent
+
+    def uncapped(self, bent: Value) -> Value:
+        """The logit whose tanh(x / softcap) is `bent`."""
+        return bent * self.p["softcap"].to(self.type)
+
+    def load_weight(self, c: Value, lanes: int) -> Value | None:
+        if not self.v.weighted:
+            return None
+        return (self.a["weight"] + c * SIZE[self.type]).load(self.type, lanes)
+
+    # the loss
+
+    def mass_of(self, probability: Value, weight: Value | None) -> Value:
+        """Weight of one class in a sample's loss, given the class's probability."""
+        q = probability
+        if self.v.smoothing:
+            q = q.fma(self.p["keep"].to(q.elem), self.p["share"].to(q.elem))
+        return q if weight is None else q * weight
+
+    def accumulate(
+        self, sums: ClassSums, z: Value, origin: Value, probability: Value | None, weight: Value | None
+    ) -> ClassSums:
+        """Add a class's part to mass and dot, where the loss needs them; all of the compute type."""
+        if probability is not None:
+            mass = self.mass_of(probability, weight)
+            # a class without mass costs nothing, even where its logit is -inf
+            dot = (mass == 0.0).select(0.0, mass * (z - origin))
+            return sums._replace(mass=sums.mass + mass, dot=sums.dot + dot)
+        if self.v.smoothing:
+            part = z - origin
+            return sums._replace(dot=sums.dot + (part if weight is None else part * weight))
+        return sums
+
+    def finish(self, s: Samples) -> Loss:
+        """The losses of samples. Large logits cancel before they meet what is small."""
+        high, low, origin = s.reference
+        p = {name: value.to(self.wide) for name, value in self.p.items()}
+        # a sum of exponentials is a normal number, or NaN: see `ShiftedExp`
+        rest = low + (log_of_normal(s.sums.exponentials) if self.wide == F32 else log(s.sums.exponentials))
+        lse, zero = high + rest, rest.lift(0.0)
+        if self.plain and s.z is not None:
+            scale = p["scale"].splat(rest.lanes) if s.upstream is None else s.upstream * p["scale"]
+            return Loss((high - s.z) + rest, zero, lse, scale / s.sums.exponentials, scale)
+        above = (high - origin) + rest
+        if s.z is None:
+            mass = s.sums.mass
+            loss = mass * above - s.sums.dot
+        else:
+            mass = p["keep"].splat(rest.lanes) if s.weight is None else s.weight * p["keep"]
+            loss = mass * ((high - s.z) + rest)
+            if self.v.smoothing:
+                loss = loss + (above * p["weight_sum"] - s.sums.dot) * p["share"]
+                mass = mass + p["share"] * p["weight_sum"]
+        scale = p["scale"].splat(rest.lanes) if s.upstream is None else s.upstream * p["scale"]
+        pull, square = mass * scale, zero
+        if self.v.z_loss:
+            square = lse * lse * p["lse_square_scale"]
+            scale_z = p["scale_z"] if s.upstream is None else s.upstream * p["scale_z"]
+            pull = pull + lse * scale_z * (2.0 * p["lse_square_scale"])
+        return Loss(loss, square, lse, pull / s.sums.exponentials, scale)
+
+    # the gradients
+
+    def gradient(
+        self, share: Value, bent: Value | None, probability: Value | None, weight: Value | None, scale: Value
+    ) -> Value:
+        """d loss / d logit of a class that is no target index: `share` is its exponential times `Loss.share`."""
+        g = share
+        if probability is not None:
+            mass = self.mass_of(probability.to(F64), None if weight is None else weight.to(F64))
+            g = g - (mass * scale).to(self.type)
+        elif self.v.smoothing:
+            part = (scale * self.p["share"]).to(self.type)
+            g = g - (part if weight is None else weight * part)
+        return g if bent is None else g * (1.0 - bent * bent)
+
+    def pulled(self, weight: Value | None, scale: Value) -> Value:
+        """What the target's class has less in its gradient; of the compute type."""
+        if self.plain:
+            return scale.to(self.type)
+        pull = scale * self.p["keep"]
+        return (pull if weight is None else weight.to(F64) * pull).to(self.type)
+
+    def gradient_of_target(self, z: Value, lse: Value, weight: Value | None, scale: Value) -> Value:
+        """d loss / d class probability."""
+        g = (lse - z.to(F64)) * (scale * self.p["keep"])
+        return g if weight is None else g * weight.to(F64)

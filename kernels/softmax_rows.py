@@ -1,0 +1,334 @@
+"""Softmax cross-entropy of samples whose classes lie side by side: lanes run along the classes of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+
+from . import storage
+from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
+from .targets import LIVE
+from .values import F64, I32, I64, LANES, SIZE, Value, full, iota, loop, when
+from .vecmath import ShiftedExp, exp
+
+MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
+# Numbers of the compute type added in 16 lanes before they move to float64: exponentials alone, or masses beside them.
+FLUSH, FLUSH_MASS = 512, 128
+# A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
+MAX_SUM = 2.0**60
+# Logits of the rows that are finished together where gradients are wanted: they are read twice, and must stay in L1.
+GROUP_LOGITS = 4096
+
+
+class RowsKernel(SoftmaxKernel):
+    """Rows are summed one by one, finished sixteen at a time, and their gradients written one by one."""
+
+    def emit(self) -> None:
+        """Write the kernel's body."""
+        names = {"exponentials": F64, "high": self.wide, "low": self.wide}
+        if not self.plain:
+            names |= {"origin": F64, "mass": F64, "dot": F64}
+        if not self.v.probabilities:
+            names |= {"z": self.wide, "weight": self.wide}
+        if self.v.upstream:
+            names["upstream"] = self.wide
+        # a number for each row of a group
+        self.columns = {name: self.column(elem) for name, elem in names.items()}
+        self.kinds = names
+        self.fates, self.exact, self.indices = self.column(I32), self.column(I32), self.column(I64)
+        self.results = {"share": self.type, "scale": self.wide, "lse": self.wide, "loss": self.wide}
+        self.found = {name: self.column(elem) for name, elem in self.results.items()}
+        self.ends = {
+            name: self.column(storage.MEMORY[kind], 2 * LANES)
+            for name in ("grad", "grad_target")
+            if (kind := getattr(self.v, name))
+        }
+        for name, elem in names.items():
+            self.columns[name].store(full(self.b, elem, LANES, 1.0))
+        size = Value(self.b, I64(LANES))
+        if self.v.grad or self.v.grad_target:
+            size = (Value(self.b, I64(GROUP_LOGITS)) // self.classes).at_least(1).at_most(LANES)
+        self.size = size
+        _, state = loop(self.begin, self.n + size - 1, size, self.no_sums(), lambda i, *s: self.group(i, size, s))
+        self.store_sums(state)
+
+    def put(self, name: str, r: Value, value: Value) -> None:
+        """Row r's number in a column."""
+        (self.columns[name] + r * SIZE[self.kinds[name]]).store(value.to(self.kinds[name]))
+
+    def get(self, name: str, r: Value) -> Value:
+        """Row r's number of a result."""
+        return (self.found[name] + r * SIZE[self.results[name]]).load(self.results[name])
+
+    def group(self, start: Value, size: Value, state: Sequence[Value]) -> list[Value]:
+        """Up to sixteen rows."""
+        many = (self.n - start).at_most(size)
+        self.fates.store(full(self.b, I32, LANES))
+        loop(self.begin, many, 1, [], lambda r: self.read(start + r, r))
+        columns = {name: at.load(self.kinds[name], LANES).to(self.wide) for name, at in self.columns.items()}
+        fate = self.fates.load(I32, LANES)
+        zero, one = (full(self.b, self.wide, LANES, number) for number in (0.0, 1.0))
+        samples = Samples(
+            fate,
+            Reference(columns["high"], columns["low"], columns.get("origin", zero)),
+            ClassSums(columns["exponentials"], columns.get("mass", zero), columns.get("dot", zero)),
+            columns.get("z"),
+            columns["weight"] if self.v.weighted and "weight" in columns else None,
+            columns.get("upstream"),
+        )
+        loss = self.finish(samples)
+        more = () if self.plain else (one if samples.weight is None else samples.weight, loss.z)
+        state = self.add_samples(state, fate, ~(fate != LIVE).any(), loss.loss, *more)
+        results = {"share": loss.share, "scale": loss.scale, "lse": loss.lse, "loss": loss.loss + loss.z}
+        wanted = {"loss"} if self.v.losses else set()
+        wanted |= {"share", "scale", "lse"} if self.v.grad or self.v.grad_target else set()
+        for name in sorted(wanted):
+            self.found[name].store((fate == LIVE).select(results[name], 0.0).to(self.results[name]))
+        if wanted:
+            loop(self.begin, many, 1, [], lambda r: self.write(start + r, r))
+        return state
+
+    # phase 1
+
+    def read(self, i: Value, r: Value) -> None:
+        """Sum row i, the r-th of its group, into the columns."""
+        x = self.a["logits"] + i * self.a["logits_row"]
+        if self.v.upstream:
+            self.put("upstream", r, (self.a["upstream"] + 8 * i).load(F64))
+        if self.v.probabilities:
+            (self.fates + 4 * r).store(full(self.b, I32, 1, LIVE))
+            self.sum_row(i, r, x)
+            return
+        t, fate = self.targets.one(i)
+        (self.fates + 4 * r).store(fate)
+        (self.indices + 8 * r).store(t)
+
+        def live() -> None:
+            # before anything is written: the gradient may replace the logits
+            z, _ = self.logit_of(self.load_raw(x, t, 1))
+            self.put("z", r, z)
+            weight = self.load_weight(t, 1)
+            if weight is not None:
+                self.put("weight", r, weight)
+            self.sum_row(i, r, x)
+
+        when(fate == LIVE, live)
+
+    def load_raw(self, x: Value, c: Value, lanes: int) -> Value:
+        return storage.load(x + c * storage.itemsize(self.v.logits), self.v.logits, self.type, lanes)
+
+    def load_logits(self, x: Value, c: Value, lanes: int = LANES) -> Value:
+        return self.logit_of(self.load_raw(x, c, lanes))[0]
+
+    def load_probability(self, i: Value, c: Value, lanes: int) -> Value | None:
+        if not self.v.probabilities:
+            return None
+        row = self.a["probabilities"] + i * self.a["probabilities_row"]
+        return storage.load(row + c * storage.itemsize(self.v.probabilities), self.v.probabilities, self.type, lanes)
+
+    def shifted(self, x: Value) -> ShiftedExp:
+        """exp(z - reference), the reference being about the maximum of the first classes."""
+        first = [self.load_logits(x, Value(self.b, I64(k))) for k in range(0, MIN_ROW, LANES)]
+        highest = first[0]
+        for other in first[1:]:
+            highest = (other > highest).select(other, highest)
+        return ShiftedExp(ShiftedExp.count_for(highest.max()), short=True)
+
+    def sum_row(self, i: Value, r: Value, x: Value) -> None:
+        """A row's reference and sums."""
+        shifted = self.shifted(x)
+        high = shifted.hi.to(self.wide)
+        low = (shifted.hi - high.to(F64) + shifted.lo).to(self.wide)
+        origin = high.to(self.type)
+        sums = self.sweep(i, x, shifted, origin)
+        good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM)  # false for NaN
+
+        def exact() -> list[Value]:
+            """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""
+            highest = self.maximum(x)
+            again = self.sweep(i, x, lambda z: exp(z - highest), None)
+            # what mass and dot are relative to stays as it is
+            return [again.exponentials, highest.to(self.wide), high.lift(0.0)]
+
+        exponentials, top, rest = when(good, lambda: [sums.exponentials, high, low], exact)
+        (self.exact + 4 * r).store((~good).zext(I32))
+        self.put("exponentials", r, exponentials)
+        self.put("high", r, top)
+        self.put("low", r, rest)
+        if not self.plain:
+            self.put("origin", r, origin)
+            self.put("mass", r, sums.mass)
+            self.put("dot", r, sums.dot)
+
+    def sweep(self, i: Value, x: Value, exponential: Callable[[Value], Value], origin: Value | None) -> ClassSums:
+        """One pass over a row's classes; mass and dot only where an origin is given."""
+        zero, wide = full(self.b, self.type, LANES), full(self.b, F64, LANES)
+
+        def add(c: Value, state: Sequence[Value], live: Value | None = None) -> list[Value]:
+            """Classes c .. c + LANES, or those of them that live."""
+            part, mass, dot = state
+            if live is None:
+                size = storage.itemsize(self.v.logits)
+                (x + c * size).prefetch_ahead(LANES * size)
+            z = self.load_logits(x, c)
+            if live is None and isinstance(exponential, ShiftedExp):
+                p, scale = exponential.factors(z)
+                part = p.fma(scale, part)
+            else:
+                e = exponential(z)
+                part = part + (e if live is None else live.select(e, 0.0))
+            if origin is None or self.plain:
+                return [part, mass, dot]
+            probability, weight = self.load_probability(i, c, LANES), self.load_weight(c, LANES)
+            new = self.accumulate(ClassSums(part, mass, dot), z, origin, probability, weight)
+            if live is not None:
+                new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
+            return list(new)
+
+        def block(start: Value, *total: Value) -> list[Value]:
+            stop = (start + flush).at_most(whole)
+            _, parts = loop(start, stop, LANES, [zero] * 3, lambda c, *s: add(c, s))
+            return [t + part.to(F64) for t, part in zip(total, parts, strict=True)]
+
+        whole = self.classes & -LANES
+        flush = FLUSH if self.plain else FLUSH_MASS
+        _, state = loop(self.begin, whole + (flush - 1), flush, [wide] * 3, block)
+        # the last vector overlaps what was done; only the lanes that are new count
+        rest = (self.classes - whole).trunc(I32)
+        parts = add(self.classes - LANES, [zero] * 3, iota(self.b, LANES) >= (LANES - rest))
+        return ClassSums(*((t + part.to(F64)).sum() for t, part in zip(state, parts, strict=True)))
+
+    def maximum(self, x: Value) -> Value:
+        """The largest logit of a row, NaN left out."""
+
+        def larger(c: Value, highest: Value) -> list[Value]:
+            z = self.load_logits(x, c)
+            return [(z > highest).select(z, highest)]
+
+        lowest = full(self.b, self.type, LANES, float("-inf"))
+        _, state = loop(self.begin, self.classes, LANES, [lowest], larger)
+        return larger(self.classes - LANES, *state)[0].max()
+
+    # phase 3
+
+    def write(self, i: Value, r: Value) -> None:
+        """Row i's loss and gradients, out of the results for the r-th row of the group."""
+        if self.v.losses:
+            at = self.a["losses"] + i * storage.itemsize(self.v.losses)
+            storage.store(at, self.get("loss", r), self.v.losses)
+        if not (self.v.grad or self.v.grad_target):
+            return
+        x = self.a["logits"] + i * self.a["logits_row"]
+        scale, share = self.get("scale", r), self.get("share", r)
+
+        def live() -> None:
+            if self.v.grad_target:
+                lse = self.get("lse", r)
+                self.write_row(
+                    "grad_target",
+                    i,
+                    lambda c, lanes, _=False: self.gradient_of_target(
+                        self.load_logits(x, c, lanes), lse, self.load_weight(c, lanes), scale
+                    ),
+                )
+            if not self.v.grad:
+                return
+            high = (self.columns["high"] + r * SIZE[self.wide]).load(self.wide).to(self.type)
+            exact = (self.exact + 4 * r).load(I32) != 0
+            when(
+                exact,
+                lambda: self.write_gradient(i, r, x, lambda z: exp(z - high), share, scale),
+                lambda: self.write_gradient(i, r, x, self.shifted(x), share, scale),
+            )
+
+        if self.v.probabilities:
+            live()
+            return
+
+        def dead() -> None:
+            for name in ("grad", "grad_target"):
+                if getattr(self.v, name):
+                    self.write_row(name, i, lambda c, lanes, _=False: full(self.b, self.type, lanes))
+
+        when((self.fates + 4 * r).load(I32) == LIVE, live, dead)
+
+    def write_gradient(
+        self, i: Value, r: Value, x: Value, exponential: Callable[[Value], Value], share: Value, scale: Value
+    ) -> None:
+        """Row i's gradient by its logits."""
+        t = weight = None
+        if not self.v.probabilities:
+            t = (self.indices + 8 * r).load(I64)
+            weight = self.load_weight(t, 1)
+
+        def gradient(c: Value, lanes: int, with_target: bool = False) -> Value:
+            z, bent = self.logit_of(self.load_raw(x, c, lanes))
+            probability, own = self.load_probability(i, c, lanes), self.load_weight(c, lanes)
+            g = self.gradient(exponential(z) * share, None, probability, own, scale)
+            if with_target and t is not None:
+                g = (iota(self.b, lanes) == (t - c).trunc(I32)).select(g - self.pulled(weight, scale), g)
+            return g if bent is None else g * (1.0 - bent * bent)
+
+        def ahead(c: Value) -> None:
+            # the row of the next group that will take this one's place
+            (x + self.size * self.a["logits_row"] + c * storage.itemsize(self.v.logits)).prefetch()
+
+        self.write_row("grad", i, gradient, t, ahead)
+
+    def write_row(
+        self,
+        name: str,
+        i: Value,
+        gradient: Callable[..., Value],
+        t: Value | None = None,
+        ahead: Callable[[Value], None] = lambda c: None,
+    ) -> None:
+        """Write `gradient(c, lanes)` over a row, or `gradient(c, lanes, True)` where class t may be among the lanes.
+
+        Whole aligned vectors may go past the caches, so nothing is written twice: memory that was would have to be
+        read back. What is left at both ends is computed first, since the gradient may replace what it comes from.
+        """
+        kind = getattr(self.v, name)
+        size = storage.itemsize(kind)
+        row = self.a[name] + i * self.a[f"{name}_row"]
+        shift = size.bit_length() - 1
+        head = ((0 - row) & (LANES * size - 1)) >> shift
+        stop = head + ((self.classes - head) & -LANES)
+        last = self.classes - LANES
+        stream = self.v.stream and name == "grad"
+        ends = []
+        for at, source, start, many in ((0, self.begin, self.begin, head), (1, last, stop, self.classes - stop)):
+            kept = self.ends[name] + at * LANES * size
+            storage.store(kept, gradient(source, LANES, True), kind)
+            ends.append((kept + (start - source) * size, row + start * size, many))
+
+        def aligned(c: Value, with_target: bool = False) -> None:
+            ahead(c)
+            storage.store(row + c * size, gradient(c, LANES, with_target), kind, stream)
+
+        if t is None:
+            loop(head, stop, LANES, [], aligned)
+        else:
+            # the vector that holds class t, or the end of all where that is at one of the row's ends
+            own = ((t >= head) & (t < stop)).select(head + ((t - head) & -LANES), stop)
+            loop(head, own, LANES, [], aligned)
+            when(own < stop, lambda: aligned(own, True))
+            loop(own + LANES, stop, LANES, [], aligned)
+        for source, target, many in ends:
+            self.copy_few(source, target, many, storage.MEMORY[kind])
+
+    def copy_few(self, source: Value, target: Value, many: Value, elem: ir.Type) -> None:
+        """Copy fewer than sixteen elements."""
+        done = self.begin
+        for width in (8, 4, 2, 1):
+
+            def some(done: Value = done, width: int = width) -> list[Value]:
+                at = done * SIZE[elem]
+                (target + at).store((source + at).load(elem, width))
+                return [done + width]
+
+            def none(done: Value = done) -> list[Value]:
+                return [done]
+
+            (done,) = when((many & width) != 0, some, none)
