@@ -6,16 +6,24 @@ so the relative error stays within a few ulp down to the smallest loss, and at i
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import exp_neg, log1p_exp_neg, reciprocal, where
+from .vecmath import exp_neg, fma, log1p_exp_neg, log1p_exp_neg_parts, quotient, reciprocal, signbit, where
 
 
 def value(x: Value, y: Value) -> Value:
     return _linear(x, wide(y), 1 - wide(y)) + wide(log1p_exp_neg(abs(x)))
 
 
+def summand(x: Value, y: Value) -> Value:
+    high, low = log1p_exp_neg_parts(abs(x))
+    factor = where(signbit(x), y, 1 - y)
+    return fma(_unless_zero(factor, abs(x)), factor, low) + high
+
+
 def grad(x: Value, y: Value) -> Value:
-    q, _ = _tails(x)
-    return where(x < 0, q - y, (1 - y) - q)
+    e = exp_neg(abs(x))  # of which the loss has most already
+    negative = signbit(x)
+    g = where(negative, y, 1 - y) - quotient(e, 1 + e)
+    return where(negative, -g, g)
 
 
 def grad_target(x: Value, y: Value) -> Value:
@@ -39,17 +47,22 @@ def weighted_grad_target(x: Value, y: Value, pos_weight: Value) -> Value:
 def _linear(x: Value, positive: Value, negative: Value) -> Value:
     """|x| times the weight of the side that x is wrong on; 0 where that is 0: the limit for infinite x."""
     factor = where(x < 0, positive, negative)
-    return where(factor == 0, 0.0, wide(abs(x)) * factor)
+    return _unless_zero(factor, wide(abs(x))) * factor
+
+
+def _unless_zero(factor: Value, magnitude: Value) -> Value:
+    """The magnitude to multiply by the factor: 0 times infinity is 0 here."""
+    return where(factor == 0, 0.0, magnitude)
 
 
 def _tails(x: Value) -> tuple[Value, Value]:
     """sigmoid(-|x|) and sigmoid(|x|)."""
-    e = exp_neg(abs(x))  # of which the loss has most already
+    e = exp_neg(abs(x))
     r = reciprocal(1 + e)
     return e * r, r
 
 
-BCE_WITH_LOGITS = Pointwise("bce_with_logits", value, grad, grad_target)
+BCE_WITH_LOGITS = Pointwise("bce_with_logits", value, grad, grad_target, summand=summand)
 BCE_WITH_LOGITS_POS_WEIGHT = Pointwise(
     "bce_with_logits_pos_weight", weighted_value, weighted_grad, weighted_grad_target, operands=("pos_weight",)
 )

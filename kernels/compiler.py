@@ -18,9 +18,9 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from .values import I64, Value
+from .values import F64, I64, Value, element
 
-Emit = Callable[..., None]
+Emit = Callable[..., Value | None]
 
 _engines: list[llvm.ExecutionEngine] = []  # an engine owns its machine code: kept as long as the process
 _lock = threading.Lock()  # LLVM contexts are not thread-safe
@@ -37,12 +37,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def module_of(emit: Emit, arity: int, name: str = "kernel") -> ir.Module:
-    """An LLVM module with one function `void name(i64, ...)` whose body `emit(*arguments)` writes."""
+    """An LLVM module with one function `void name(i64, ...)` whose body `emit(*arguments)` writes; `i64 name(i64, ...)`
+    where that is annotated to return a Value."""
+    returns = getattr(emit, "__annotations__", {}).get("return") == "Value"
     module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arity), name)
+    function = ir.Function(module, ir.FunctionType(I64 if returns else ir.VoidType(), [I64] * arity), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    emit(*(Value(builder, argument) for argument in function.args))
-    builder.ret_void()
+    out = emit(*(Value(builder, argument) for argument in function.args))
+    if out is None:
+        builder.ret_void()
+    else:
+        builder.ret(out.v)
     return module
 
 
@@ -61,11 +66,40 @@ def machine(triple: str | None = None, cpu: str | None = None, features: str | N
     return target.create_target_machine(cpu=cpu, features=features or "", opt=3, codemodel="jitdefault", jit=True)
 
 
-def optimised(module: ir.Module, target: llvm.TargetMachine) -> llvm.ModuleRef:
-    """`module` through LLVM's -O3 for `target`."""
-    parsed = llvm.parse_assembly(str(module))
+_FMA = """
+declare float @llvm.fma.f32(float, float, float)
+define float @square(float %x) {
+  %y = call float @llvm.fma.f32(float %x, float %x, float %x)
+  ret float %y
+}"""
+
+
+def _parsed(text: str, target: llvm.TargetMachine) -> llvm.ModuleRef:
+    parsed = llvm.parse_assembly(text)
     parsed.triple, parsed.data_layout = target.triple, str(target.target_data)
     parsed.verify()
+    return parsed
+
+
+def _spell_out_fma(module: ir.Module) -> None:
+    """Fused multiply-adds by other instructions, of float32 in float64: rounded once, but for one tie in 2**29.
+
+    Of float64 by a product and a sum, each rounded.
+    """
+    for name in [name for name in module.globals if name.startswith("llvm.fma.")]:
+        function = module.globals[name]
+        function.name, function.linkage = name.removeprefix("llvm."), "internal"
+        function.attributes.add("alwaysinline")
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        x, y, z = (Value(builder, argument).to(F64) for argument in function.args)
+        builder.ret((x * y + z).to(element(function.args[0].type)).v)
+
+
+def optimised(module: ir.Module, target: llvm.TargetMachine) -> llvm.ModuleRef:
+    """`module` through LLVM's -O3 for `target`."""
+    if "fmaf" in target.emit_assembly(_parsed(_FMA, target)):  # a CPU without the instruction calls the C library
+        _spell_out_fma(module)
+    parsed = _parsed(str(module), target)
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # The kernels choose their own vectors and unrolling; LLVM's loop vectoriser only adds compile time.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
