@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks, dispatch, runtime
+from . import checks, dispatch, plans, runtime
 from .arrays import View
 from .backends.cpu import Task
 from .backends.layout import as_floats
 from .kernels.storage import FLOATS
-from .plans import Plan
 from .reductions import Sums, rounded
 
 if TYPE_CHECKING:
-    from .backends.cuda.plan import GPUPlan
     from .backends.cuda.run import Run
+    from .plans import Plan
 
 Shape = tuple[int, ...]
+# An element's result may replace that element of these; any other overlap needs memory of its own.
+_REPLACED = frozenset({"input", "target"})
 
 
 class Call(ABC):
@@ -31,9 +32,21 @@ class Call(ABC):
     dtype: str | None  # of the result, where the caller asked for one
     out: Any
     check: bool | None  # whether arrays on a GPU are looked at, and waited for, before anything is written
-    task: Task | None  # the kernel that ran last
     run_on_gpu: Run[Any] | None = None  # where arrays are on a GPU
     like: Any  # the array whose library results belong to
+
+    _tasks: tuple[Task, ...] = ()  # the kernels that ran, on the CPU
+    _results: tuple[tuple[str, Result], ...] = ()  # the arrays that they wrote, and the argument that each belongs to
+    _counts = False  # whether class indices were counted for the gradient's scale
+
+    @property
+    def task(self) -> Task | None:
+        """The kernel that ran last."""
+        return self._tasks[-1] if self._tasks else None
+
+    @task.setter
+    def task(self, task: Task | None) -> None:
+        self._tasks = (*self._tasks, task) if task else ()
 
     @abstractmethod
     def prepare(self, differentiable: bool) -> None:
@@ -114,6 +127,7 @@ class Call(ABC):
             return self.run_on_gpu.evaluate()
         result = self.result()
         if self.reduction == "none":
+            self._results = (("input", result),)
             self.run(View(result.data, result.dtype), careful=self.out is not None)
         else:
             sums = self.run(None, careful=False)
@@ -129,8 +143,12 @@ class Call(ABC):
         result = self.result()
         upstream = self._upstream(grad_output)
         grads = [self.gradient(name, out) for name, out in zip(names, grad_outs, strict=True)]
+        if isinstance(upstream, np.ndarray) and any(np.may_share_memory(upstream, r.data) for r in (result, *grads)):
+            upstream = upstream.copy()
         none = self.reduction == "none"
         losses = View(result.data, result.dtype) if none else None
+        self._results = (*((("input", result),) if none else ()), *zip(names, grads, strict=True))
+        self._counts = True
         sums = self.run_gradients(losses, dict(zip(names, grads, strict=True)), upstream)
         if not none:
             result.data[...] = rounded(sums.value(self.reduction, self.weighted_mean), result.dtype)
@@ -164,21 +182,29 @@ class Call(ABC):
         """Whether invalid elements on a GPU are an error, for which the call waits."""
         return checks.requested() if self.check is None else self.check
 
-    def plan(self) -> Plan | GPUPlan | None:
-        """How this call was evaluated, for the next one like it; None where more than input and target matters."""
+    def plan(self) -> Plan | None:
+        """How what was asked of this call was found, for the next one like it; None where more than input and target
+        matters."""
         if self.run_on_gpu:
-            return self.run_on_gpu.plan()
-        numbers = self.plannable() if self.task else None
-        if self.task is None or numbers is None or self.reduction == "none" or self.out is not None:
+            return plans.on_gpu(self.run_on_gpu.plan())
+        numbers = self.plannable() if len(self._tasks) == 1 else None
+        if numbers is None or self.out is not None:
             return None
-        wrap = dispatch.adapter_of(self.like).wrap
-        dtype = self.dtype or self.result_dtype
-        return Plan(self.task, numbers, self.samples, self.rows, self.reduction, self.weighted_mean, dtype, wrap)
-
-    def gradient_plan(self) -> GPUPlan | None:
-        """How this call's value and gradients were found, for the next one like it: on a GPU only, whose work does not
-        hide the time that a call takes."""
-        return self.run_on_gpu.plan() if self.run_on_gpu else None
+        (task,), (x, y, *_) = self._tasks, self.given
+        how = plans.Reduced(self.reduction, self.weighted_mean, self.rows, self.dtype or self.result_dtype)
+        if not self._results:
+            return plans.reduced(task, numbers, (x, y), how)
+        counted = task.counted(self.reduction == "mean") if self._counts else None
+        memory = []
+        for name, result in self._results:
+            number, given = task.number_of(result.data), result.given is not None
+            if number is None or (given and result.data is not result.given):
+                return None
+            argument = ("input", "target").index(name)
+            memory.append(plans.Memory(number, prototype(result.data), result.dtype, argument, given))
+        if self._counts and counted is None:
+            return None
+        return plans.with_arrays(task, numbers, (x, y), how, memory, counted)
 
     def result(self) -> Result:
         """Memory for the loss."""
@@ -222,8 +248,10 @@ class Call(ABC):
         view = dispatch.view(given, name, differentiable=True)
         checks.writable(view, name, shape, dtype)
         dispatch.one_device({"input": self.sources[0], name: view})
-        # An element's result may replace the element itself; any other overlap needs memory of its own.
-        clash = any(np.may_share_memory(view.data, s.data) and not same_memory(view.data, s.data) for s in self.sources)
+        clash = any(
+            np.may_share_memory(view.data, read.data) and not (of in _REPLACED and same_memory(view.data, read.data))
+            for of, read in self.named_sources.items()
+        )
         return Result(empty_like(view.data, shape, dtype) if clash else view.data, dtype, view.data, given)
 
 
@@ -252,6 +280,11 @@ def empty_like(array: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
     if array.shape == shape and 0 not in array.strides:
         return np.empty_like(array, dtype=memory_dtype(dtype), subok=False)
     return np.empty(shape, memory_dtype(dtype))
+
+
+def prototype(array: np.ndarray) -> np.ndarray:
+    """What `np.empty_like` needs to know of an array, without its memory."""
+    return np.lib.stride_tricks.as_strided(np.empty(1, array.dtype), array.shape, array.strides)
 
 
 def same_memory(a: np.ndarray, b: np.ndarray) -> bool:

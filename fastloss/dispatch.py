@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,8 @@ PROTOCOLS: dict[str, str] = {
 }
 _BUILTINS = (bool, int, float, list, tuple)
 _by_type: dict[type, ModuleType] = {}
+# of a type that was met before, whose arrays can be told apart by a key: its adapter's function
+keys: dict[type, Callable[[Any], Hashable | None]] = {}
 
 
 def register(module: str, adapter: str) -> None:
@@ -37,6 +39,7 @@ def register(module: str, adapter: str) -> None:
     """
     ADAPTERS[module] = adapter
     _by_type.clear()
+    keys.clear()
 
 
 def adapter_of(array: Any) -> ModuleType:
@@ -45,13 +48,9 @@ def adapter_of(array: Any) -> ModuleType:
     found = _by_type.get(kind)
     if found is None:
         found = _by_type[kind] = importlib.import_module(_search(array))
+        if hasattr(found, "key") and kind in getattr(found, "KEYED", (kind,)):
+            keys[kind] = found.key
     return found
-
-
-def known(array: Any) -> ModuleType | None:
-    """The adapter of a type that was met before and whose arrays can be told apart by a key."""
-    found = _by_type.get(type(array))
-    return found if found is not None and hasattr(found, "key") else None
 
 
 def view(array: Any, name: str, differentiable: bool = False) -> View:

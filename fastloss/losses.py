@@ -40,15 +40,19 @@ class Loss(Generic[P]):
         update_wrapper(self, call)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array:
-        key = self._plans.key(args, kwargs)
-        if key is not None:
-            result = self._plans.run(key, args)
-            if result is not None:
-                return result
+        plans = self._plans
+        if not kwargs and (result := plans.recent(*args)) is not None:
+            return result
+        key = plans.key(args, kwargs)
+        plan = plans.find(key)
+        if plan is not None and (result := plan(*args)) is not None:
+            if not kwargs:
+                plans.note(plan)
+            return result
         call = self.call(*args, **kwargs)
         result = call.evaluate()
         if key is not None:
-            self._plans.keep(key, call.plan())
+            plans.keep(key, call.plan())
         return result
 
     def __repr__(self) -> str:

@@ -10,13 +10,14 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 _CUDA_EXTRA = 'pip install "fastloss[cuda12]" or "fastloss[cuda13]", by the CUDA that the driver supports'
 _TBB_LIBRARIES = ("libtbb.so.12", "libtbb.12.dylib", "tbb12.dll")
 _workqueue_lock = threading.Lock()
+_together = False  # whether a threading layer runs that takes parallel kernels from several Python threads at once
 _parallel_parent: str | None = None  # the threading layer that a parent had started before it forked us
 
 
@@ -31,6 +32,7 @@ def preload_tbb() -> bool:
     return False
 
 
+@cache
 def _numba() -> Any:
     """Numba, whose threads start only after the tbb wheel's library is loaded."""
     preload_tbb()
@@ -67,14 +69,16 @@ def may_run_parallel() -> bool:
     return _parallel_parent is None and get_num_threads() > 1
 
 
-@contextlib.contextmanager
-def parallel_region() -> Iterator[None]:
-    """Holds off other Python threads where the threading layer allows one parallel kernel at a time."""
-    if threading_layer() in ("tbb", "omp"):
-        yield
-        return
+def run_parallel(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that runs on Numba's threads; other Python threads are held off where the threading layer allows
+    one parallel kernel at a time."""
+    global _together
+    if _together:
+        return function(*args)
     with _workqueue_lock:  # also around the first launch, which starts the layer
-        yield
+        result = function(*args)
+        _together = threading_layer() in ("tbb", "omp")
+        return result
 
 
 def set_num_threads(n: int) -> None:

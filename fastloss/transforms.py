@@ -48,8 +48,12 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     plans = Plans()
 
     def differentiated(*args: Any, grad_output: Any = None, grad_out: Any = None, **kwargs: Any) -> Any:
-        key = plans.key(args, kwargs) if grad_output is None and grad_out is None else None
-        if key is not None and (found := plans.run(key, args)) is not None:
+        brought = () if grad_out is None else (grad_out,)
+        key = plans.key(args, kwargs, *brought) if grad_output is None else None
+        if key is not None and brought:
+            key = key, grad_out is args[0]  # the input becomes its gradient
+        plan = plans.find(key)
+        if plan is not None and (found := plan(*args, *brought)) is not None:
             value, *grads = found
             return value, tuple(grads) if several else grads[0]
         outs = grad_out if several and grad_out is not None else [grad_out] * len(names)
@@ -58,7 +62,7 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
         made = call(*args, **kwargs)
         value, grads = made.value_and_grad(names, grad_output, outs)
         if key is not None:
-            plans.keep(key, made.gradient_plan())
+            plans.keep(key, made.plan())
         return value, tuple(grads) if several else grads[0]
 
     return differentiated

@@ -141,6 +141,29 @@ def test_the_input_becomes_its_gradient(row: Row, rng: Rng) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
+@pytest.mark.parametrize("shape", [(300,), (37, 10)], ids=str)
+def test_a_gradient_over_what_it_is_made_from(row: Row, shape: tuple[int, ...], rng: Rng) -> None:
+    """grad_out may begin in any operand's memory, beside or at its first element: everything is read before."""
+    for choice in row.choices():
+        sample = row.draw(rng, shape, "float64", choice)
+        operands = {"input": sample.input, "target": sample.target, **sample.options}
+        operands["grad_output"] = np.asarray(upstream(row, sample, "none", rng))
+        _, plain = fastloss.value_and_grad(row.function)(**operands, reduction="none")
+        for name, operand in operands.items():
+            if not isinstance(operand, np.ndarray) or operand.dtype != np.float64:
+                continue
+            for shift in (-1, 0, 1):
+                room = np.empty(sample.input.size + operand.size + 1)
+                moved = room[1 : 1 + operand.size].reshape(operand.shape)
+                moved[...] = operand
+                grad_out = room[1 + shift : 1 + shift + plain.size].reshape(plain.shape)
+                fused = fastloss.value_and_grad(row.function)
+                _, grad = fused(**operands | {name: moved}, reduction="none", grad_out=grad_out)
+                assert grad is grad_out
+                np.testing.assert_array_equal(grad, plain, err_msg=f"over {name}, {shift} elements on")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_out_and_grad_out_together(row: Row, rng: Rng) -> None:
     sample = row.draw(rng, (37, 10))
     value, grad = row.gradient(sample, reduction="none")

@@ -22,6 +22,7 @@ and, where calls on small arrays should be fast, two more::
 
     key(array) -> Hashable | None                 # all that tells how to read it, but its address; None: look again
     address(array) -> int                         # of its first element
+    KEYED = (type, ...)                           # the only types whose arrays `key` is asked about; absent: any
 
 `differentiable` says that a gradient was asked for, so an array that records gradients may be read. dtypes are names:
 "float32", "bfloat16", "int64", ...

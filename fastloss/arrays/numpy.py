@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from . import View
+
+KEYED = (np.ndarray,)
+key = attrgetter("dtype", "shape", "strides")
 
 
 def view(array: Any, differentiable: bool = False) -> View:
@@ -18,12 +21,6 @@ def view(array: Any, differentiable: bool = False) -> View:
         array = np.asarray(array)
     name = _name(array.dtype)
     return View(array.view(np.uint16) if name == "bfloat16" else array, name)
-
-
-def key(array: Any) -> Hashable | None:
-    if type(array) is not np.ndarray:
-        return None
-    return np, array.dtype, array.shape, array.strides
 
 
 def address(array: Any) -> int:

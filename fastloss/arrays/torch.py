@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import DeviceMemory, View
+
+KEYED = (torch.Tensor,)
+address = methodcaller("data_ptr")
 
 
 def view(array: Any, differentiable: bool = False) -> View:
@@ -65,14 +69,10 @@ def stream(like: Any) -> int:
 
 
 def key(array: Any) -> Hashable | None:
-    if type(array) is not torch.Tensor or array.requires_grad or array.is_neg() or array.layout is not torch.strided:
+    if array.requires_grad or array.is_neg() or array.layout is not torch.strided:
         return None
     if array.is_cpu:
-        return torch, array.dtype, array.shape, array.stride()
+        return array.dtype, array.shape, array.stride()
     if array.is_cuda:
-        return torch, array.dtype, array.shape, array.stride(), array.get_device()
+        return array.dtype, array.shape, array.stride(), array.get_device()
     return None
-
-
-def address(array: Any) -> int:
-    return int(array.data_ptr())

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from .. import runtime
-from ..kernels import compiler
 from ..kernels.compiler import Variant
-from ..kernels.exact import add_rows
+from ..kernels.entry import RAW, Entry, Place
 from ..kernels.nll import NLLVariant
 from ..kernels.pointwise import SUMS, PointwiseVariant
-from ..kernels.records import CLASS_STEP, DIRECT, GRAD, LOGITS, N_CLASSY, Header
-from ..kernels.records import SUMS as SUMS_FIELD
-from ..kernels.softmax import ARRAYS, MIN_ROW, SoftmaxVariant
+from ..kernels.records import (
+    ADDRESS,
+    ARRAYS,
+    CLASS_STEP,
+    DIRECT,
+    GRAD,
+    INDEX,
+    ITEMSIZE,
+    LOGITS,
+    N_CLASSY,
+    Header,
+)
+from ..kernels.softmax import SoftmaxVariant
+from ..kernels.softmax_samples import MAX_FEW, scratch_bytes
+from ..kernels.storage import itemsize
 from ..kernels.values import LANES
+from .entry import environment, function, memory
 from .layout import Samples, address, records
 
-# A parallel launch costs 3.4 us with TBB, in which one thread reads some 50 KB: under twice that, threads do not pay.
-PARALLEL_BYTES = 96 * 1024
+# Bytes from which threads pay, of arithmetic as cheap as a squared difference. On two threads a launch costs what 6 us
+# of work does (TBB), so that 15 to 30 us of work are needed. benchmarks/scheduling.py measures it.
+PARALLEL_BYTES = 512 * 1024
+# What a byte costs under the other drivers, at least.
+COST = {"rows": 1.3, "tile": 2.7, "short": 2.7}
+# Work on fewer bytes takes a few us, and other Python threads wait for it: handing over to one and back costs more.
+SHARED_BYTES = 64 * 1024
 # Results larger than this leave by streaming stores: they would not stay in the cache anyway.
 STREAM_BYTES = 8 * 1024 * 1024
 
 # Pointwise elements of one task: 64 KB of float32, about 4 us of work.
 CHUNK = 16384
-# Logits of one task: about 20 us of work, so that 64 rows or one very wide row are shared out well.
-CHUNK_LOGITS = 32768
-MAX_SAMPLES = 2048
+# Logits of one task: about 5 us of work, so that few rows are shared out well: 128 of 1,000 classes are 8 tasks.
+CHUNK_LOGITS = 16384
+MAX_SAMPLES = 8192
+# Logits of the samples that are copied to scratch together, in bytes: they stay in the first-level cache.
+TILE_BYTES = 32 * 1024
+MAX_TILE = 256
+# Rows with no more classes than this are transposed: 2.3 times as fast as row by row at 32, 1.2 at 64, even at 100.
+MAX_SHORT = 64
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096
 
@@ -41,14 +64,8 @@ softmax_variant = cache(SoftmaxVariant)
 nll_variant = cache(NLLVariant)
 
 
-@cache
-def _add_rows() -> Callable[..., None]:
-    emit = partial(add_rows, width=len(SUMS))
-    return compiler.callable_of(emit, 3, ("add_rows", len(SUMS)))
-
-
 class Task:
-    """A kernel over arrays of one layout: everything but their addresses, which `run` may be given anew."""
+    """A kernel over arrays of one layout: everything but their addresses, which its entries may be given anew."""
 
     def __init__(
         self,
@@ -65,10 +82,9 @@ class Task:
         alignment: int = 0,
         template: Sequence[int] = (),
     ) -> None:
-        from ..kernels import cpu
+        from ..kernels.drivers import driver as driver_of
 
-        self._numbers = np.array(parameters, np.float64)
-        self._template = np.array(template, np.int64)
+        self.records, self.parameters, self._template = records, parameters, template
         header = Header(
             function=variant.address,
             total=total,
@@ -77,37 +93,108 @@ class Task:
             n_arrays=len(records),
             n_sources=n_sources,
             alignment=alignment,
-            parameters=address(self._numbers),
+            parameters=0,
             sums=0,
-            arrays=address(self._template),
+            arrays=0,
+            **memory(),
         )
-        fields = [*header, *shape, *(field for record in records for field in record)]
-        self._Block = ctypes.c_int64 * len(fields)
-        self._block = bytes(self._Block(*fields))
-        self._first, self._width = len(header) + len(shape), len(records[0])
-        self._chunks = -(-total // per_chunk)
-        self._Sums = ctypes.c_double * (self._chunks * len(SUMS))
-        self._large = self._chunks > 1 and nbytes >= PARALLEL_BYTES
-        self._driver = cpu.driver(driver)
-        self._runner = cpu.runner
+        self._block = [*header, *shape, *(field for record in records for field in record)]
+        self._first = len(header) + len(shape)
+        self._total, self.chunks = total, -(-total // per_chunk)
+        self._driver = driver_of(driver)
+        self.nbytes = nbytes
+        self.parallel = self.chunks > 1 and nbytes * COST.get(driver, 1) >= PARALLEL_BYTES  # whether threads pay
+        self._shared = nbytes >= SHARED_BYTES
 
-    def run(self, addresses: Mapping[int, int] | None = None) -> list[float]:
-        """The sums in `SUMS`' order, on threads where that pays and is safe; `addresses` of arrays by their number."""
-        block = self._Block.from_buffer_copy(self._block)
-        sums = self._Sums()
-        block[SUMS_FIELD] = ctypes.addressof(sums)
-        for k, where in (addresses or {}).items():
-            block[self._first + k * self._width] = where
-        if self._large and runtime.may_run_parallel():
-            with runtime.parallel_region():
-                self._runner(True)(self._driver, ctypes.addressof(block), self._chunks)
+    def run(self) -> list[float]:
+        """The sums in `SUMS`' order, on threads where that pays and is safe."""
+        if self.parallel and runtime.may_run_parallel():
+            sums = runtime.run_parallel(self.entry((), parallel=True))
         else:
-            self._runner(False)(self._driver, ctypes.addressof(block), self._chunks)
-        if self._chunks == 1:
-            return list(sums)
-        out = (ctypes.c_double * len(SUMS))()
-        _add_rows()(ctypes.addressof(sums), self._chunks, ctypes.addressof(out))
-        return list(out)
+            sums = self.entry(())()
+        if sums is None:
+            raise MemoryError("no memory for the sums of a loss")
+        return list(struct.unpack(f"{len(SUMS)}d", sums))
+
+    def entry(
+        self,
+        operands: Sequence[int],
+        *,
+        parallel: bool = False,
+        reduction: int = RAW,
+        rows: int = 0,
+        dtype: str | None = None,
+        counted: Mapping[str, int] = MappingProxyType({}),
+        kinds: Sequence[np.ndarray] = (),
+    ) -> Callable[..., Any]:
+        """This task as a function of some of its arrays, by their numbers; the others stay as they are.
+
+        `reduction`: what is returned, of kernels.entry's; `dtype`: as a NumPy scalar, None: as a Python number.
+        `counted`: the entry's fields about class indices, which are counted before the kernel runs.
+        `kinds`: arrays like which the operands must be, else None is returned; their dtypes must live for ever.
+        """
+        if parallel:
+            from ..kernels.cpu import runner
+
+        width = len(self.records[0])
+        places: list[int] = []
+        described: list[int] = []
+        start = len(Entry._fields) + len(Place._fields) * len(operands)
+        start += len(self._block) + len(self.parameters) + len(self._template)
+        for n, k in enumerate(operands):
+            kind = start + len(described) if kinds else 0
+            places += Place(self._first + k * width, self.records[k][ITEMSIZE] - 1, kind)
+            if kinds:
+                described += [id(kinds[n].dtype), kinds[n].ndim, *kinds[n].shape, *kinds[n].strides]
+        scalar = np.dtype(dtype) if dtype else None
+        fields = environment() | dict.fromkeys(("index_bytes", "indices", "classes", "ignore_index", "mean"), 0)
+        fields |= counted
+        entry = Entry(
+            driver=self._driver,
+            runner=runner() if parallel else 0,
+            chunks=self.chunks,
+            block_words=len(self._block),
+            parameters=len(self.parameters),
+            shared=self._shared,
+            operands=len(operands),
+            reduction=reduction,
+            rows=rows,
+            dtype=id(scalar) if scalar else 0,
+            single=dtype == "float32",
+            **fields,
+        )
+        numbers = np.array(self.parameters, np.float64)
+        if entry.mean:
+            numbers[:2] = 1  # of which the entry makes the scales of this call's losses and z-losses
+        words = (places, self._block, numbers.view(np.int64), self._template, described)
+        return function(entry, words)
+
+    def number_of(self, array: np.ndarray) -> int | None:
+        """The number of the array that is written to this memory."""
+        start = address(array)
+        found = (k for k in reversed(range(len(self.records))) if self.records[k][ADDRESS] == start)
+        return next(found, None)
+
+    def aligned(self, numbers: Sequence[int]) -> bool:
+        """Whether these arrays were aligned, as entries want them."""
+        return all(self.records[k][ADDRESS] % self.records[k][ITEMSIZE] == 0 for k in numbers)
+
+    def counted(self, mean: bool) -> dict[str, int] | None:
+        """The entry's fields about class indices: empty where the task has none, None where they do not lie in one
+        piece of memory as integers that an entry counts."""
+        if not self._template or not self.records[INDEX][ITEMSIZE]:
+            return {}
+        record = self.records[INDEX]
+        if not record[DIRECT] or record[CLASS_STEP] or record[ITEMSIZE] not in (4, 8):
+            return None
+        classes, ignore_index = (self._template[ARRAYS.index(name)] for name in ("classes", "ignore_index"))
+        return {
+            "index_bytes": record[ITEMSIZE],
+            "indices": self._total,
+            "classes": classes,
+            "ignore_index": ignore_index,
+            "mean": mean,
+        }
 
 
 def pointwise_task(
@@ -144,15 +231,27 @@ def softmax_task(
     if samples.total == 0 or logits is None:
         return None
     classes = logits.shape[1]
-    # Short rows, and classes that lie apart, go to lanes along samples, where these fit the cache.
-    wide = classes >= MIN_ROW
-    rows = wide and (samples.classes_adjoin(0) or (classes > MAX_TILE_CLASSES and not samples.samples_adjoin(0)))
-    table = samples.records(rows)
-    per_chunk = max(1, CHUNK_LOGITS // classes) if rows else max(LANES, CHUNK_LOGITS // classes // LANES * LANES)
-    stream = rows and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
-    variant = softmax_variant("rows" if rows else "tile", *options, stream)
+    # Classes that lie apart go to lanes along samples, where these fit the cache.
+    by_row = samples.classes_adjoin(LOGITS) or not samples.samples_adjoin(LOGITS)
+    if classes <= MAX_SHORT:
+        layout = "short" if by_row else "tile"
+    else:
+        by_row = samples.classes_adjoin(LOGITS) or (by_row and classes > MAX_TILE_CLASSES)
+        layout = "rows" if by_row else "tile"
+    few = classes if layout == "short" and classes <= MAX_FEW else 0
+    table = samples.records(by_row)
+    if few:  # their rows are read as one piece
+        for record in table[:N_CLASSY]:
+            record[DIRECT] &= int(samples.total == 1 or record[-1] == classes * record[ITEMSIZE])
+    per_chunk = CHUNK_LOGITS // classes
+    per_chunk = max(1, per_chunk) if layout == "rows" else max(LANES, per_chunk // LANES * LANES)
+    stream = layout != "short" and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
+    variant = softmax_variant(layout, few, *options, stream)
+    tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
     template = _template(classes, weight, ignore_index)
-    return _samples_task(variant.layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
+    template[ARRAYS.index("tile")] = tile
+    template[ARRAYS.index("scratch")] = scratch_bytes(variant, classes, tile)
+    return _samples_task(layout, variant, samples, table, min(per_chunk, MAX_SAMPLES), template, parameters)
 
 
 def nll_task(
@@ -168,16 +267,15 @@ def nll_task(
     samples = Samples(arrays)
     if samples.total == 0 or logits is None:
         return None
-    table = samples.records(rows=True)
+    table = samples.records(by_row=True)
     template = _template(logits.shape[1], weight, ignore_index)
-    for k, record in enumerate(table[:N_CLASSY]):
+    for record in table[:N_CLASSY]:
         record[DIRECT] = 1
-        template[ARRAYS.index("logits_step") + k] = record[CLASS_STEP]
     return _samples_task("rows", variant, samples, table, MAX_SAMPLES, template, parameters)
 
 
 def _template(classes: int, weight: np.ndarray | None, ignore_index: int) -> list[int]:
-    """The slots of `softmax.ARRAYS` that are the same for every chunk."""
+    """The slots of `records.ARRAYS` that are the same for every chunk."""
     fields = dict.fromkeys(ARRAYS, 0)
     fields |= {"classes": classes, "ignore_index": ignore_index, "weight": 0 if weight is None else address(weight)}
     return list(fields.values())
