@@ -9,15 +9,15 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # One environment, one pip at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types bench bench-table bench-report machine-code docs clean
+.PHONY: help demo test test-slow lint types bench bench-quick bench-report machine-code docs clean
 
 help:
 	@echo "make demo       evaluate scikit-learn models on real data and compare with scikit-learn's metrics"
 	@echo "make test       lint, types, tests and doctests"
 	@echo "make test-slow  the tests that need minutes or many gigabytes"
-	@echo "make bench      benchmarks beside NumPy and torch"
-	@echo "make bench-table  the README's table of figures"
-	@echo "make bench-report  docs/benchmarks.md from what was measured, benchmarks/results/"
+	@echo "make bench      benchmarks beside NumPy, torch and JAX: twelve minutes, kept in benchmarks/results/"
+	@echo "make bench-quick  some of them, in two minutes"
+	@echo "make bench-report  docs/benchmarks.md, its plots and the README's figures from benchmarks/results/"
 	@echo "make machine-code  docs/cuda-kernels.md: what the CUDA kernels compile to"
 	@echo "make docs       the API reference as HTML, into docs/html"
 	@echo "make lint       ruff alone        make types    mypy alone"
@@ -41,10 +41,10 @@ types: $(VENV)/lint.stamp
 	$(PY) -m mypy
 
 bench: $(VENV)/bench.stamp
-	$(PY) -m pytest benchmarks
+	$(PY) benchmarks/compare.py --save
 
-bench-table: $(VENV)/bench.stamp
-	$(PY) benchmarks/compare.py
+bench-quick: $(VENV)/bench.stamp
+	$(PY) benchmarks/compare.py --quick
 
 bench-report: $(VENV)/bench.stamp
 	$(PY) benchmarks/report.py

@@ -1,6 +1,8 @@
-"""The README's table: medians of interleaved calls, beside the speed at which this machine reads memory.
+"""All contenders on all of the work, interleaved, beside the speed of this machine's memory.
 
-python benchmarks/compare.py [part of a case's name ...] [--json FILE]
+    python benchmarks/compare.py [part of a case's name ...] [--quick] [--save] [--json FILE]
+
+--save keeps the figures in benchmarks/results/, from which benchmarks/report.py writes the page and the README's table.
 """
 
 from __future__ import annotations
@@ -8,77 +10,127 @@ from __future__ import annotations
 import argparse
 import gc
 import platform
+import re
 import statistics
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import contenders
 import numpy as np
 import record
-import torch
-from cases import CASES, CONTENDERS, Call
+import startup
+from cases import CASES, CONTENDERS, Case
+from contenders import AbsentError, Call
+from limits import limit
 
 import fastloss
-from fastloss.kernels.compiler import callable_of
-from fastloss.kernels.values import F32, I64, LANES, Value, full, loop
+from fastloss import runtime
 
 ROUNDS = 11
-SHORTEST = 2e-3  # seconds
+QUICK_ROUNDS = 5
+FEWEST = 3
+SHORTEST, SHORTEST_IN_CACHE = 1e-3, 10e-3  # seconds of a turn: shorter calls are repeated
+PATIENCE = 1.0  # seconds that one contender's rounds may take: slower ones take part in fewer of them
+UNTIMED = 0.1  # seconds: longer calls are not slowed by a pause before them, and need no untimed one
+SLOW = 2.0  # seconds: such a call is timed once
+LIMIT = "limit"
 
 
-def _emit_sum(start: Value, n: Value, out: Value) -> None:
-    """Sum of n float32, eight vectors at a time: bound by memory alone."""
+def measured(
+    calls: dict[str, Call], rounds: int, shortest: float, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call, round by round, all contenders in turn; `known` are those of calls already made.
 
-    def body(i: Value, *sums: Value) -> list[Value]:
-        return [s + (start + (i + k * LANES) * 4).load(F32, LANES) for k, s in enumerate(sums)]
+    Other libraries' threads spin for a while, and the first parallel call after a sleep pays for waking a core: so
+    each turn is a sleep, an untimed call, and timed ones back to back for about `shortest` seconds.
+    """
+    once = {name: (known or {}).get(name) or _seconds(call, 1) for name, call in calls.items()}
+    repeats = {name: max(1, round(shortest / seconds)) for name, seconds in once.items()}
+    times = {name: [seconds] if seconds >= UNTIMED else [] for name, seconds in once.items()}
+    turns: dict[str, int] = {}
+    for name, seconds in once.items():
+        fewest = 1 if seconds >= SLOW else FEWEST
+        fewer = max(fewest, int(PATIENCE / (seconds if times[name] else 2 * seconds)))
+        turns[name] = (rounds if name in (record.OURS, LIMIT) else min(rounds, fewer)) - len(times[name])
+    gc.disable()
+    try:
+        for done in range(1, rounds + 1):
+            for name, call in calls.items():
+                if done * turns[name] // rounds == (done - 1) * turns[name] // rounds:
+                    continue
+                time.sleep(0.02)
+                if once[name] < UNTIMED:
+                    call()
+                times[name].append(_seconds(call, repeats[name]))
+    finally:
+        gc.enable()
+    return times
 
-    zero = full(n.b, F32, LANES)
-    _, sums = loop(Value(n.b, I64(0)), n, 8 * LANES, [zero] * 8, body)
-    out.store(sum(sums[1:], sums[0]).sum())
 
-
-def reader(nbytes: int) -> Call:
-    """A call that reads `nbytes` on all threads and does next to nothing with them."""
-    data, out = np.ones(nbytes // 4, np.float32), np.zeros(1, np.float32)
-    summed = callable_of(_emit_sum, 3, None)
-    threads = fastloss.get_num_threads()
-    pool = ThreadPoolExecutor(threads)
-    share = data.size // threads
-
-    def read() -> None:
-        list(pool.map(lambda k: summed(data.ctypes.data + 4 * k * share, share, out.ctypes.data), range(threads)))
-
-    return read
-
-
-def _repeats(call: Call) -> int:
-    """How many calls take `SHORTEST`: one, unless it is a tiny one."""
-    call()
+def _seconds(call: Call, repeats: int) -> float:
     start = time.perf_counter()
-    call()
-    return max(1, round(SHORTEST / (time.perf_counter() - start)))
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
 
 
-def medians(calls: dict[str, Call]) -> dict[str, float]:
-    """Seconds of each call. Other libraries' threads spin for a while, and the first parallel call after a sleep pays
-    for waking a core: so sleep, one untimed call, then timed ones for at least `SHORTEST`, all contenders in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = {name: _repeats(call) for name, call in calls.items()}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            time.sleep(0.02)
-            call()
+def calls_of(
+    case: Case, x: np.ndarray, y: np.ndarray, absent: dict[str, str]
+) -> tuple[dict[str, Call], dict[str, str], dict[str, float]]:
+    """The contenders' calls, each made once and its result compared with ours; why others have none; and the seconds
+    of first calls that were slow and did not compile anything."""
+    calls: dict[str, Call] = {}
+    known: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    ours: Any = None  # fastloss is the first
+    for name in case.contenders:
+        if name in absent:
+            continue
+        try:
+            call = contenders.contender(name, case, x, y)
             start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+            result = call()
+            seconds = time.perf_counter() - start
+            if name == record.OURS:
+                ours = result
+            if record.OURS in calls:
+                contenders.check(case, result, ours)
+            calls[name] = call
+            if seconds >= SLOW and name not in contenders.COMPILING:
+                known[name] = seconds
+        except AbsentError as error:
+            absent[name] = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong in a library costs its cell alone
+            errors[name] = " ".join(f"{error or type(error).__name__}".split())[:200]
+    return calls, errors, known
+
+
+def row_of(case: Case, rounds: int, absent: dict[str, str]) -> record.Row:
+    """One piece of work, timed."""
+    x, y = case.operands()
+    calls, errors, known = calls_of(case, x, y, absent)
+    bound, nbytes = limit(case.limit, case.nbytes) if case.limit else (None, 0)
+    if bound:
+        bound()  # compiled
+        calls[LIMIT] = bound
+    times = measured(calls, rounds, SHORTEST_IN_CACHE if case.in_cache else SHORTEST, known)
+    bandwidth = nbytes / statistics.median(times.pop(LIMIT)) / 1e9 if bound else None
+    results: dict[str, dict[str, Any]] = {}
+    for name in case.contenders:
+        if name in times:
+            # In the caches nothing but other processes disturbs a call: its best is its own time.
+            best = min if case.in_cache else statistics.median
+            results[name] = {"ms": best(times[name]) * 1e3, "rounds": len(times[name])}
+        elif name in errors:
+            results[name] = {"ms": None, "error": errors[name]}
+    return record.row(case.name, case.nbytes, results, bandwidth, case.goal, case.section, case.limit)
 
 
 def cpu_name() -> str:
     """As the processor calls itself, with LLVM's name for its kind."""
-    kind = fastloss.runtime.versions()["cpu"]
+    kind = runtime.versions()["cpu"]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -87,48 +139,75 @@ def cpu_name() -> str:
     return f"{models[0]} ({kind})" if models else kind
 
 
-def row_of(work: str, seconds: dict[str, float], nbytes: int) -> record.Row:
-    """For the JSON: `seconds` by contender, with the limit's where it was timed."""
-    limit = nbytes / seconds["limit"] / 1e9 if "limit" in seconds else None
-    results: dict[str, dict[str, float | None]] = {
-        name: {"ms": seconds[name] * 1e3} for name in reversed(CONTENDERS) if name in seconds
-    }
-    return record.row(work, nbytes, results, limit)
+def path_for(document: record.Document) -> Path:
+    """Of --save: the CPU and the day."""
+    name = re.sub(r"[^a-z0-9]+", "-", document["device"]["name"].lower()).strip("-")
+    return record.RESULTS / f"cpu-{name}-{document['date'][:10]}.json"
 
 
-def main() -> None:
+def _line(row: record.Row) -> str:
+    """As the run prints it; the columns of `_head`."""
+    ours = row["results"].get(record.OURS, {})
+    cells = [f"{row['work']:<58}", f"{record.time_cell(row):>9.9}", f"{record.figure(ours.get('gbs')):>8}"]
+    cells.append(f"{record.figure(ours.get('fraction')):>6}")
+    cells += [f"{record.ratio_cell(row, name):>13.13}" for name in CONTENDERS[1:]]
+    return "  ".join([*cells, record.goal_text(row), record.verdict(row)]).rstrip()
+
+
+def _head() -> str:
+    cells = [f"{'work':<58}", f"{'ms':>9}", f"{'GB/s':>8}", f"{'limit':>6}"]
+    return "  ".join([*cells, *(f"{name:>13}" for name in CONTENDERS[1:]), "goal"])
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="part of a case's name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for benchmarks/report.py too")
+    parser.add_argument("--quick", action="store_true", help="two minutes: fewer cases, fewer rounds")
+    parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results/")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them to this file")
     options = parser.parse_args()
-    names = {"fastloss": fastloss.__version__, **{name: version(name) for name in ("numpy", "torch", "numba")}}
-    names["Python"] = platform.python_version()
-    print(", ".join(f"{name} {release}" for name, release in names.items()))
-    threads, cpu = fastloss.get_num_threads(), fastloss.runtime.versions()["cpu"]
-    print(f"{threads} threads, {cpu}, medians of {ROUNDS}, milliseconds\n")
-    print("| work | NumPy | torch | fastloss | torch / fastloss | GB/s | of the read limit |")
-    print("|---|---|---|---|---|---|---|")
-    torch.set_num_threads(threads)
-    document = record.header("cpu", {"name": cpu_name(), "threads": threads}) | {"rounds": ROUNDS}
-    for case in CASES:
-        if options.parts and not any(part in case.name for part in options.parts):
+    if options.save and (options.parts or options.quick):
+        parser.error("--save keeps whole runs; --json FILE takes any")
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    device = {"name": cpu_name(), "threads": fastloss.get_num_threads()}
+    absent: dict[str, str] = {}
+    document = record.header("cpu", device) | {"rounds": rounds, "partial": bool(options.parts or options.quick)}
+    document["absent"] = absent
+    path = options.json or (path_for(document) if options.save else None)
+    print(f"{device['name']}, {device['threads']} threads, {rounds} rounds; contenders in multiples of fastloss's time")
+    print(_head(), flush=True)
+
+    def add(*rows: record.Row) -> None:
+        for row in rows:
+            print(_line(row), flush=True)
+        document["rows"] += rows
+        if path:
+            record.save(document, path)
+
+    chosen = [case for case in CASES if not options.parts or any(part in case.name for part in options.parts)]
+    for case in chosen:
+        if options.quick and not case.quick:
             continue
-        calls, nbytes = case.build()
-        large = nbytes > 1 << 25
-        result = medians(calls | ({"limit": reader(nbytes)} if large else {}))
-        cells = [f"{result[name] * 1e3:.3g}" if name in result else "" for name in CONTENDERS]
-        limit = f"{result['limit'] / result['fastloss']:.2f}" if large else ""
-        ratio, speed = result["torch"] / result["fastloss"], nbytes / result["fastloss"] / 1e9
-        print(f"| {case.name} | {' | '.join(cells)} | {ratio:.2g} | {speed:.2g} | {limit} |", flush=True)
-        document["rows"].append(row_of(case.name, result, nbytes))
-        if options.json:
-            record.save(document, options.json)
-        del calls
-        gc.collect()
+        if case.nbytes * 1.25 > contenders.available():
+            document.setdefault("skipped", {})[case.name] = why = f"{case.nbytes / 1e9:.0f} GB do not fit the memory"
+            print(f"{case.name:<58}  skipped: {why}", flush=True)
+            continue
+        try:
+            add(row_of(case, rounds, absent))
+        except ImportError as error:
+            document.setdefault("skipped", {})[case.name] = str(error)
+            print(f"{case.name:<58}  skipped: {error}", flush=True)
+        contenders.free()
+    if not options.parts:
+        add(*startup.rows(document, options.quick))
     document["complete"] = True
-    if options.json:
-        record.save(document, options.json)
+    for name, why in absent.items():
+        print(f"without {name}: {why}")
+    if path:
+        record.save(document, path)
+        print(f"written: {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import formulas
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,58 +51,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise NotHereError(f"not installed: {error}") from None
-
-
-# ---- formulas as array expressions, for any library that NumPy's names fit
-
-
-def _wide(xp: Any, x: Any) -> Any:
-    return x if x.dtype.itemsize > 2 else x.astype(xp.float32)
-
-
-def _lse(xp: Any, x: Any) -> Any:
-    top = x.max(1, keepdims=True)
-    return top + xp.log(xp.exp(x - top).sum(1, keepdims=True))
-
-
-def cross_entropy(xp: Any, x: Any, t: Any) -> Any:
-    x = _wide(xp, x)
-    return (_lse(xp, x) - xp.take_along_axis(x, t[:, None], 1)).mean()
-
-
-def cross_entropy_probabilities(xp: Any, x: Any, p: Any) -> Any:
-    return (p * (_lse(xp, x) - x)).sum(1).mean()
-
-
-def cross_entropy_gradient(xp: Any, x: Any, t: Any) -> Any:
-    """Value and gradient in one, for libraries without automatic gradients."""
-    wide = _wide(xp, x)
-    lse = _lse(xp, wide)
-    grad = xp.exp(wide - lse)
-    grad[xp.arange(len(x)), t] -= 1
-    return (lse - xp.take_along_axis(wide, t[:, None], 1)).mean(), (grad / len(x)).astype(x.dtype)
-
-
-def l1_loss(xp: Any, x: Any, y: Any) -> Any:
-    return abs(x - y).mean()
-
-
-def mse_loss(xp: Any, x: Any, y: Any) -> Any:
-    return xp.square(x - y).mean()
-
-
-def binary_cross_entropy(xp: Any, x: Any, y: Any) -> Any:
-    return -(y * xp.maximum(xp.log(x), -100) + (1 - y) * xp.maximum(xp.log1p(-x), -100)).mean()
-
-
-def binary_cross_entropy_with_logits(xp: Any, x: Any, y: Any) -> Any:
-    return (xp.maximum(x, 0) - x * y + xp.log1p(xp.exp(-abs(x)))).mean()
-
-
-def formula(work: Work) -> Callable[[Any, Any, Any], Any]:
-    """(library, input, target) -> mean loss."""
-    found: Callable[[Any, Any, Any], Any] = globals()[work.loss + "_probabilities" * work.probabilities]
-    return found
 
 
 # ---- contenders
@@ -149,13 +98,13 @@ def _cupy(work: Work, sets: list[Pair]) -> Contender:
         raise NotHereError("needs a GPU")
     cupy = _imported("cupy")
     shared = [(cupy.from_dlpack(x), cupy.from_dlpack(y)) for x, y in sets]
-    function = cross_entropy_gradient if work.gradient else formula(work)
+    function = (formulas.value_and_gradient if work.gradient else formulas.value)(work)
     return Contender(lambda k: function(cupy, *shared[k]))
 
 
 def _jax(work: Work, sets: list[Pair]) -> Contender:
     jax = _imported("jax")
-    function = formula(work)
+    function = formulas.value(work)
 
     def loss(x: Any, y: Any) -> Any:
         return function(jax.numpy, x, y)

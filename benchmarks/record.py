@@ -1,4 +1,4 @@
-"""What a benchmark's JSON holds and how its figures read: shared by gpu.py, compare.py and report.py."""
+"""What a benchmark's JSON holds and how its figures read: shared by gpu.py, compare.py, startup.py and report.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 Document = dict[str, Any]
 Row = dict[str, Any]
 Goal = dict[str, Any]
+Table = list[list[str]]  # the first line is the head
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +74,7 @@ def header(kind: str, device: dict[str, Any] | None, dry_run: bool = False) -> D
 
 def save(document: Document, path: Path) -> None:
     """Write it whole or not at all: a run may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     beside.replace(path)
@@ -99,13 +101,15 @@ def row(
     limit_gbs: float | None = None,
     goal: Goal | None = None,
     section: str = "goals",
+    limit: str | None = "copy",  # what the limit is of
 ) -> Row:
     """One piece of work with what follows from its times: GB/s, fractions of the limit, ratios, the goal's verdict."""
     for result in results.values():
         ms = result.get("ms")
         result["gbs"] = nbytes / ms / 1e6 if nbytes and ms else None
         result["fraction"] = result["gbs"] / limit_gbs if result["gbs"] and limit_gbs else None
-    made: Row = {"work": work, "section": section, "bytes": nbytes, "limit_gbs": limit_gbs, "results": dict(results)}
+    made: Row = {"work": work, "section": section, "bytes": nbytes, "limit": limit, "limit_gbs": limit_gbs}
+    made["results"] = dict(results)
     others = [name for name in results if name != OURS]
     made["ratios"] = {name: ratio(made, name) for name in others}
     made["goal"] = goal
@@ -131,13 +135,19 @@ def _parts(row: Row) -> list[tuple[str, float | None, bool]]:
     parts: list[tuple[str, float | None, bool]] = []
     if "fraction" in goal:
         got = ours.get("fraction")
-        parts.append((f"{goal['fraction']:.2f} of copy", got, got is not None and got >= goal["fraction"]))
+        limit = row.get("limit", "copy")
+        parts.append((f"{goal['fraction']:.2f} of {limit}", got, got is not None and got >= goal["fraction"]))
+    if "peers" in goal:
+        peers = [value for name in row["results"] if name != OURS and (value := ratio(row, name))]
+        got = min(peers, default=None)
+        parts.append(("no peer faster", got, got is not None and got >= goal["peers"]))
     for name, least in goal.get("versus", {}).items():
         got = ratio(row, name)
         parts.append((f"{least:g}x {name}", got, got is not None and got >= least))
     if "ms" in goal:
+        unit, size = ("us", 1e-3) if goal["ms"] < 1 else ("ms", 1)
         got = ours.get("ms")
-        parts.append((f"{goal['ms'] * 1e3:g} us", got and got * 1e3, got is not None and got <= goal["ms"]))
+        parts.append((f"{goal['ms'] / size:g} {unit}", got and got / size, got is not None and got <= goal["ms"]))
     return parts
 
 
@@ -189,3 +199,24 @@ def ratio_cell(row: Row, contender: str) -> str:
     """The ratio, or why there is none."""
     value = ratio(row, contender)
     return figure(value) if value else time_cell(row, contender)
+
+
+# ---- documents and tables
+
+
+def measured(document: Document) -> bool:
+    return not document["dry_run"]
+
+
+def contenders(document: Document, rows: Sequence[Row]) -> list[str]:
+    """Whoever took part beside fastloss, in the order of their first rows, and who was absent."""
+    present = (name for row in rows for name in row["results"] if name != OURS)
+    return list(dict.fromkeys([*present, *document.get("absent", {})]))
+
+
+def markdown(table: Table) -> str:
+    """A table whose first row is its head; none without a second."""
+    if len(table) < 2:
+        return ""
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

@@ -1,10 +1,11 @@
-"""docs/benchmarks.md and its plots, from the JSON files of benchmarks/results/; and one result beside another.
+"""docs/benchmarks.md, its plots and the README's table, from the JSON files of benchmarks/results/; and one result
+beside another.
 
     python benchmarks/report.py
     python benchmarks/report.py --compare OLD.json NEW.json [--threshold 1.1]
 
-gpu.py and compare.py --json write these files. --compare exits 1 where fastloss takes longer than before by more than
-the threshold, or no longer gets through; 2 where the files cannot be compared.
+gpu.py, and compare.py with --save or --json, write these files. --compare exits 1 where fastloss takes longer than
+before by more than the threshold, or no longer gets through; 2 where the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import record
-from record import NOT_MEASURED, OURS, Document, Row
+import report_readme
+import startup
+from record import NOT_MEASURED, OURS, Document, Row, Table, contenders, markdown, measured
 
 PAGE = record.ROOT / "docs" / "benchmarks.md"
-Table = list[list[str]]
 
 INTRODUCTION = """\
 # Benchmarks
 
 `make bench-report` writes this page from the files in `benchmarks/results/`, each as a run left it; rows that fastloss
-loses stay in. To add a device: `python3 benchmarks/gpu.py OUT_FOLDER` on a machine with an NVIDIA GPU, or
-`python benchmarks/compare.py --json FILE` for a CPU, and copy the JSON into that folder.
+loses stay in. To add a device: `make bench` for a CPU; `python3 benchmarks/gpu.py OUT_FOLDER` on a machine with an
+NVIDIA GPU, and copy the JSON into that folder.
 
 Times are medians in milliseconds. A contender's column says how many times as long as fastloss it takes: above 1
 fastloss is faster. Bytes count each input read once and each output written once, whatever a contender really moves.
@@ -38,21 +40,17 @@ host's clock over a batch. "Of copy" is GB/s over the speed of a copy on the sam
 written.
 """
 CPU = """\
-Contenders take turns, each round after a pause. "Of the limit" is GB/s over the speed at which the same machine, in the
-same rounds, reads as many bytes and does nothing with them.
+Contenders take turns; each turn is a pause (threads of other libraries spin for a while), an untimed call, a timed
+one; who is slow has fewer rounds, and one where a call takes seconds. "Of the limit" is GB/s over what the same machine
+reaches in the same rounds without computing anything, on as many threads: for values it reads as many bytes; for values
+and gradients of cross-entropy it copies with streaming stores; for those of pointwise losses it reads two arrays and
+streams out a third ("triad"). Arrays of less than a megabyte stay in the caches: their calls are timed back to back for
+10 ms a turn, the best round counts, and there is no limit.
+
+All contenders share one pair of arrays, made before. NumPy is the plain formula; torch is eager; torch.compile
+(`dynamic=False`) and JAX (`jit`) compile for each shape, and gradients come from `torch.autograd.grad` and
+`jax.value_and_grad`, in new memory. fastloss writes gradients into memory that is used again (`grad_out=`).
 """
-
-
-def markdown(table: Table) -> str:
-    """A table whose first row is its head; none without a second."""
-    if len(table) < 2:
-        return ""
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def measured(document: Document) -> bool:
-    return not document["dry_run"]
 
 
 # ---- one document
@@ -77,19 +75,18 @@ def facts(document: Document) -> str:
     if ceilings:
         copy, read = ceilings["copy_gbs"], ceilings["read_gbs"]
         lines.append(f"- limits of this run: copy {copy:,.0f} GB/s (read plus written), read {read:,.0f} GB/s")
+    if "rounds" in document:
+        lines.append(f"- medians of {document['rounds']} rounds")
+    lines += [f"- without {name}: {why}" for name, why in document.get("absent", {}).items()]
+    lines += [f"- left out: {work}: {why}" for work, why in document.get("skipped", {}).items()]
     if not document["complete"]:
         lines.append("- the run was cut off: rows are missing")
     return "\n".join(lines) + "\n"
 
 
-def _contenders(rows: Sequence[Row]) -> list[str]:
-    """Whoever took part beside fastloss, in the order of their first rows."""
-    return list(dict.fromkeys(name for row in rows for name in row["results"] if name != OURS))
-
-
-def rows_table(rows: Sequence[Row], limit: str) -> Table:
+def rows_table(rows: Sequence[Row], limit: str, others: Sequence[str]) -> Table:
     """Work by work: our time, speed and share of the limit, the others' times in ours, goals where there are any."""
-    others, goals = _contenders(rows), any(row.get("goal") for row in rows)
+    goals = any(row.get("goal") for row in rows)
     table = [["work", "MB", OURS, "GB/s", limit, *others, *(["goal", "met"] if goals else [])]]
     for row in rows:
         ours = row["results"].get(OURS, {})
@@ -98,6 +95,21 @@ def rows_table(rows: Sequence[Row], limit: str) -> Table:
         cells += [record.ratio_cell(row, name) for name in others]
         table.append(cells + ([record.goal_text(row), record.verdict(row)] if goals else []))
     return table
+
+
+def startup_tables(document: Document) -> Iterator[str]:
+    """Processes to their first result, with their stages; first calls that compile."""
+    rows = [row for row in document["rows"] if row["section"] == "startup"]
+    if rows:
+        cells = ([row["work"], record.time_cell(row), record.goal_text(row), record.verdict(row)] for row in rows)
+        yield "Start-up, medians of fresh processes:\n"
+        yield markdown([["work", OURS, "goal", "met"], *cells])
+        yield "Where that time goes; an import's time is without what it imports of the other packages:\n"
+        yield markdown(startup.stages_table(document))
+    compiling = startup.compiling_table(document)
+    if compiling:
+        yield "One process without a cache, call after call; what several need counts for the first:\n"
+        yield markdown(compiling)
 
 
 def outcomes(document: Document) -> Iterator[str]:
@@ -121,6 +133,9 @@ def _line(message: str | None) -> str:
     return " ".join((message or "").split())[:300]
 
 
+_CAPTIONS = ("Speed against size, with the limit", "Shares of the limit, work by work")
+
+
 def section(document: Document, pictures: Sequence[str]) -> str:
     """All of one document."""
     gpu = document["kind"] == "gpu"
@@ -128,9 +143,10 @@ def section(document: Document, pictures: Sequence[str]) -> str:
     for name, title in (("goals", ""), ("sweep", "Sizes and dtypes:\n")):
         rows = [row for row in document["rows"] if row["section"] == name]
         if rows:
-            parts += [title, markdown(rows_table(rows, "of copy" if gpu else "of the limit"))]
-    parts += [f"![Speed against size, with the limit]({picture})\n" for picture in pictures]
-    parts += outcomes(document)
+            others = contenders(document, rows)
+            parts += [title, markdown(rows_table(rows, "of copy" if gpu else "of the limit", others))]
+    parts += [f"![{_CAPTIONS['-bars' in picture]}]({picture})\n" for picture in pictures]
+    parts += [*startup_tables(document), *outcomes(document)]
     return "\n".join(part for part in parts if part)
 
 
@@ -149,25 +165,29 @@ def page(documents: Sequence[tuple[Document, Sequence[str]]]) -> str:
     return "\n".join(parts)
 
 
-def write(results: Path, target: Path) -> None:
-    """The page and its plots; plots of results that are gone go with them."""
+def write(results: Path, target: Path, readme: Path) -> None:
+    """The page, its plots, and the README's figures; plots of results that are gone go with them."""
     documents = []
     old = set(target.parent.glob("benchmarks-*.png"))
     for path in sorted(results.glob("*.json")):
         document = record.load(path)
-        picture = target.parent / f"benchmarks-{path.stem}.png"
-        drawn = False
+        pictures: list[str] = []
         if measured(document):
-            from report_plots import plot
+            from report_plots import bars, plot
 
-            drawn = plot(document, picture)
+            for draw, end in ((plot, ""), (bars, "-bars")):
+                picture = target.parent / f"benchmarks-{path.stem}{end}.png"
+                if draw(document, picture):
+                    old.discard(picture)
+                    pictures.append(picture.name)
         else:
             print(f"report.py: {path.name} is a dry run, nothing in it was measured: left out", file=sys.stderr)
-        old -= {picture} if drawn else set()
-        documents.append((document, [picture.name] if drawn else []))
+        documents.append((document, pictures))
+    text = report_readme.with_figures(readme, [document for document, _ in documents])
     for picture in old:
         picture.unlink()
     target.write_text(page(documents))
+    readme.write_text(text)
 
 
 # ---- comparison
@@ -209,10 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=1.1, help="as a ratio of times (default 1.1)")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="the folder of JSON files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--readme", type=Path, default=report_readme.README, help="whose figures to write anew")
     options = parser.parse_args(arguments)
     try:
         if not options.compare:
-            write(options.results, options.page)
+            write(options.results, options.page, options.readme)
             return 0
         old, new = (record.load(path) for path in options.compare)
         lines, worse = compare(old, new, options.threshold)

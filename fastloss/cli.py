@@ -12,14 +12,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from fastloss.evaluate import LOSSES, ByClass, Job, Loss, Report, evaluate
 from fastloss.files import InputError
 from fastloss.plots import check_plot_name
+
+if TYPE_CHECKING:
+    from fastloss.warmup import Item
 
 CLASSES_SHOWN = 60  # a table that is longer is read by a program, from --json
 
@@ -64,6 +68,23 @@ def _chunk_bytes(text: str) -> int:
 
 _chunk_bytes.__name__ = "size"  # argparse: "invalid size value"
 
+
+def _jobs(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= 1024:
+        raise ValueError
+    return count
+
+
+def _classes(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+_jobs.__name__ = _classes.__name__ = "number"
+
 # Options that go to the loss as they are; which loss takes which stands in LOSSES.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ignore_index": {"type": int, "metavar": "I", "help": "target class that counts for nothing (-100)"},
@@ -73,6 +94,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "beta": {"type": float, "metavar": "B", "help": "where smooth-l1 turns from squared to absolute (1)"},
     "delta": {"type": float, "metavar": "D", "help": "where huber turns from squared to linear (1)"},
     "log_target": {"action": "store_true", "help": "kl-div's target is a logarithm already"},
+}
+
+# Of warmup, which makes the arrays itself.
+WARMUP_ARRAYS = {
+    "probabilities": "cross-entropy: targets are class probabilities",
+    "weight": "one weight per class, or per element of the input",
+    "pos_weight": "bce-with-logits: factor of the positive part",
 }
 
 
@@ -110,6 +138,29 @@ def _parser() -> Parser:
         "--chunk-mb", type=_chunk_bytes, default=64 << 20, metavar="MB", dest="chunk_bytes",
         help="megabytes in memory at once (64); one row always fits",
     )  # fmt: skip
+
+    command = commands.add_parser(
+        "warmup",
+        help="compile kernels into the disk cache, before they are needed",
+        description="Compile what calls of LOSS will need, and keep it in the disk cache; without LOSS what most "
+        "programs use: the means and gradients of every loss for float32.",
+        epilog=f"losses: {', '.join(loss.name for loss in LOSSES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_warmup)
+    command.add_argument("losses", nargs="*", metavar="LOSS", help="which losses; see below")
+    command.add_argument("--dtype", nargs="+", metavar="D", help="of the arrays: float16, bfloat16, float32, float64")
+    command.add_argument("--reduction", nargs="+", metavar="R", help="none, mean or sum, for kl-div also batchmean")
+    command.add_argument("--grad", action="store_true", help="gradients too")
+    help = "how many there will be: each number up to 32 has kernels of its own"
+    command.add_argument("--classes", nargs="+", type=_classes, metavar="C", help=help)
+    command.add_argument("--jobs", type=_jobs, metavar="N", help="processes that compile (one for each core)")
+    group = command.add_argument_group("options of the loss, where calls will have them")
+    for name, help in WARMUP_ARRAYS.items():
+        group.add_argument("--" + name.replace("_", "-"), action="store_true", help=help)
+    for name, settings in OPTIONS.items():
+        group.add_argument("--" + name.replace("_", "-"), default=None, **settings)
 
     command = commands.add_parser("doctor", help="versions, threads, caches, GPUs: for a bug report")
     command.set_defaults(run=_doctor)
@@ -155,6 +206,48 @@ def _evaluate(args: argparse.Namespace, signals: Signals) -> int:
     with _progress(signals) as progress:
         report = evaluate(job, progress)
     return _print(_json(report) if args.json else _table(report))
+
+
+def _warmup(args: argparse.Namespace, signals: Signals) -> int:
+    from fastloss import warmup
+    from fastloss.kernels.compiler import cache_directory
+
+    chosen = _items(args)
+    before = warmup.compiled_kernels()
+    start = time.perf_counter()
+    jobs = args.jobs or warmup.default_jobs(len(chosen))
+    for item, seconds in warmup.run(chosen, jobs):
+        signals.check()
+        if status := _print(f"{seconds:6.2f} s  {item}"):
+            return status
+    new = len(warmup.compiled_kernels() - before)
+    processes = f", {jobs} processes" if jobs > 1 else ""
+    return _print(f"{new} kernels compiled in {time.perf_counter() - start:.1f} s{processes}; in {cache_directory()}")
+
+
+def _items(args: argparse.Namespace) -> list[Item]:
+    """What warmup is to compile; checks what can be known before."""
+    from fastloss import warmup
+
+    losses = [loss_named(name) for name in args.losses] or LOSSES
+    dtypes, reductions = args.dtype or ["float32"], args.reduction or ["mean"]
+    given = {name: getattr(args, name) for name in (*WARMUP_ARRAYS, *OPTIONS)}
+    options = {name: value for name, value in given.items() if value is not None and value is not False}
+    for dtype in dtypes:
+        if dtype not in warmup.DTYPES:
+            raise InputError(f"unknown dtype '{dtype}', expected one of: {', '.join(warmup.DTYPES)}")
+    for loss in losses:
+        for reduction in reductions:
+            if reduction not in ("none", *loss.reductions):
+                expected = " or ".join(("none", *loss.reductions))
+                raise InputError(f"{loss.name} has no --reduction {reduction}, expected {expected}")
+        takes = {*loss.options, *(["weight"] if loss.weight else [])}
+        takes |= {"probabilities"} if loss.function == "cross_entropy" else set()
+        for name in options:
+            if name not in takes:
+                raise InputError(f"{loss.name} has no --{name.replace('_', '-')}")
+    classes = args.classes or warmup.CLASSES
+    return warmup.items(losses, dtypes, reductions, args.grad or not args.losses, options, classes)
 
 
 def _doctor(args: argparse.Namespace, signals: Signals) -> int:
@@ -325,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 return _print(f"fastloss {fastloss.__version__}")
             if args.command is None:
-                raise InputError("no command, expected evaluate or doctor; fastloss --help says more")
+                raise InputError("no command, expected evaluate, warmup or doctor; fastloss --help says more")
             return int(args.run(args, signals))
     except Stopped as stopped:
         number = int(stopped.args[0])

@@ -18,14 +18,18 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not in a source distribution", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
-gpu, gpu_cases, gpu_process, record, report = map(
-    importlib.import_module, ("gpu", "gpu_cases", "gpu_process", "record", "report")
+gpu, gpu_cases, gpu_process, record, report, report_readme, startup = map(
+    importlib.import_module, ("gpu", "gpu_cases", "gpu_process", "record", "report", "report_readme", "startup")
 )
 
 Document = dict[str, Any]
 Row = dict[str, Any]
 COPY = 3000.0
 NAME = "cross_entropy bfloat16 32,768 x 1,024"
+POINTWISE = (
+    *("l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+)
 GOAL = {"fraction": 0.9, "versus": {"torch.compile": 2.0}}
 
 
@@ -61,12 +65,22 @@ def results(folder: Path, **documents: Document) -> Path:
     return folder
 
 
+def report_on(tmp_path: Path, **documents: Document) -> int:
+    """report.py's exit status for these, with a page and a README of their own."""
+    folder = results(tmp_path / "results", **documents)
+    readme = tmp_path / "README.md"
+    if not readme.exists():
+        readme.write_text(f"above\n{report_readme.BEGIN}old\n{report_readme.END}below\n")
+    status: int = report.main(
+        ["--results", str(folder), "--page", str(tmp_path / "benchmarks.md"), "--readme", str(readme)]
+    )
+    return status
+
+
 def render(tmp_path: Path, **documents: Document) -> str:
     """The page that report.py writes of these."""
-    target = tmp_path / "benchmarks.md"
-    folder = results(tmp_path / "results", **documents)
-    assert report.main(["--results", str(folder), "--page", str(target)]) == 0
-    return target.read_text()
+    assert report_on(tmp_path, **documents) == 0
+    return (tmp_path / "benchmarks.md").read_text()
 
 
 def cells(page: str, work: str) -> list[str]:
@@ -103,6 +117,31 @@ def test_a_goal_is_met_missed_or_open(
 ) -> None:
     made = record.row(NAME, 2_700_000_000, times(fastloss=ours, torch_compile=compiled), COPY, GOAL)
     assert (made["met"], record.verdict(made)) == (met, verdict)
+
+
+def test_a_goal_may_be_that_no_peer_is_faster() -> None:
+    goal = {"peers": 1.0}
+    won = record.row("mse_loss float32 9", 72, times(fastloss=1.0, torch=1.5, JAX=1.0), goal=goal)
+    lost = record.row("mse_loss float32 9", 72, times(fastloss=1.0, torch=1.5, JAX=0.8), goal=goal)
+    alone = record.row("mse_loss float32 9", 72, times(fastloss=1.0, JAX=None), goal=goal)
+    assert [record.verdict(made) for made in (won, lost, alone)] == [
+        "yes",
+        "no: 0.8 for no peer faster",
+        "not yet measured",
+    ]
+
+
+def test_a_fraction_is_of_the_row_s_own_limit() -> None:
+    made = record.row("mse_loss float32 9", 27_000_000, times(fastloss=1.0), 30.0, {"fraction": 0.97}, limit="read")
+    assert (record.goal_text(made), record.verdict(made)) == ("0.97 of read", "no: 0.9 for 0.97 of read")
+
+
+@pytest.mark.parametrize(("ms", "text"), [(0.0015, "1.5 us"), (20.0, "20 ms"), (800.0, "800 ms")])
+def test_a_time_is_told_in_its_unit(ms: float, text: str) -> None:
+    made = record.row("a 1", None, times(fastloss=2 * ms), goal={"ms": ms})
+    number, _ = text.split()
+    assert record.goal_text(made) == text
+    assert record.verdict(made) == f"no: {2 * float(number):.3g} for {text}".replace("1.6e+03", "1,600")
 
 
 def test_a_row_without_bytes_or_limit_has_no_speed() -> None:
@@ -189,11 +228,13 @@ def test_plots_come_and_go_with_their_results(tmp_path: Path) -> None:
     rows = [row(f"cross_entropy bfloat16 64 x {classes:,}", classes / 1000) for classes in (10, 1_000, 32_000)]
     page = render(tmp_path, few=cpu_document(*rows[:2]), many=gpu_document(*rows))
     assert "![Speed against size, with the limit](benchmarks-many.png)" in page
-    assert [path.name for path in tmp_path.glob("*.png")] == ["benchmarks-many.png"]
-    assert (tmp_path / "benchmarks-many.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Shares of the limit, work by work](benchmarks-few-bars.png)" in page
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [path.name for path in drawn] == ["benchmarks-few-bars.png", "benchmarks-many.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     (tmp_path / "results" / "many.json").unlink()
-    assert "png" not in render(tmp_path)
-    assert not list(tmp_path.glob("*.png"))
+    assert "benchmarks-many" not in render(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["benchmarks-few-bars.png"]
 
 
 def test_a_panel_holds_every_contender_and_the_limit() -> None:
@@ -210,11 +251,95 @@ def test_a_panel_holds_every_contender_and_the_limit() -> None:
     assert panels[kind]["limit"] == [(100, COPY), (1_000, COPY), (10_000, COPY)]
 
 
+def test_panels_of_a_cpu_are_by_elements_and_keep_what_has_no_limit() -> None:
+    pytest.importorskip("matplotlib")
+    import report_plots
+
+    shapes = ("1 x 10", "100 x 10", "1,000,000 x 10")
+    rows = [
+        record.row(f"cross_entropy float32 {shape}", 1000, times(fastloss=1.0), limit_gbs=30.0 if k == 2 else None)
+        for k, shape in enumerate(shapes)
+    ]
+    rows += [row("cross_entropy float32 9 x 1,000"), row("cross_entropy float32 16 x 10 x 256 x 256")]
+    assert report_plots.panels(cpu_document(*rows)) == {
+        "cross_entropy float32, 10 classes": {
+            "fastloss": [(n, pytest.approx(1e-3)) for n in (10, 1_000, 10_000_000)],
+            "limit": [(10_000_000, 30.0)],
+        }
+    }
+
+
 def test_a_file_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "notes.json").write_text("{}")
-    assert report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 2
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "notes.json").write_text("{}")
+    assert report_on(tmp_path) == 2
     assert "notes.json" in capsys.readouterr().err
-    assert not (tmp_path / "page.md").exists()
+    assert not (tmp_path / "benchmarks.md").exists()
+
+
+# ---- what CPUs have more
+
+
+def test_who_is_absent_keeps_an_empty_column_and_a_reason(tmp_path: Path) -> None:
+    made = record.row("mse_loss float32 9", 72, times(fastloss=1.0, torch=2.0), 30.0, {"versus": {"torch.compile": 1}})
+    absent, skipped = {"torch.compile": "no C++ compiler"}, {"mse_loss float32 1,000,000,000": "8 GB do not fit"}
+    page = render(tmp_path, cpu=cpu_document(made, absent=absent, skipped=skipped, rounds=11))
+    assert cells(page, "work")[-4:] == ["torch", "torch.compile", "goal", "met"]
+    assert cells(page, made["work"])[-4:] == ["2", "", "1x torch.compile", "not yet measured"]
+    for line in (
+        "- without torch.compile: no C++ compiler",
+        "- left out: mse_loss float32 1,000,000,000: 8 GB do not fit",
+    ):
+        assert f"\n{line}\n" in page
+
+
+def test_start_up_has_tables_of_its_own(tmp_path: Path) -> None:
+    made = record.row(
+        "fresh process", None, times(fastloss=900.0), goal=startup.WARM_GOAL, section="startup", limit=None
+    )
+    stages = {"stages": ["Python", "import numba"], "ms": {"fresh process": [20.0, 1234.0]}}
+    document = cpu_document(made, startup=stages, compiling=[["mse float32", 0.25, 3]])
+    page = render(tmp_path, cpu=document)
+    assert "| fresh process | 900 | 800 ms | no: 900 for 800 ms |" in page
+    assert "| milliseconds | Python | import numba |\n| --- | --- | --- |\n| fresh process | 20 | 1,234 |\n" in page
+    assert "| mse float32 | 0.25 | 3 |" in page
+
+
+def test_the_readme_tells_the_newest_whole_run_and_what_was_lost(tmp_path: Path) -> None:
+    def document(day: int, ours: float, **more: Any) -> Document:
+        made = record.row("mse_loss float32 9", 27_000_000, times(fastloss=ours, torch=2.0, JAX=3.0), 30.0)
+        return cpu_document(made, date=f"2026-01-0{day}T00:00:00+00:00", **more)
+
+    def figures(**documents: Document) -> str:
+        render(tmp_path, **documents)
+        text = (tmp_path / "README.md").read_text()
+        assert text.startswith(f"above\n{report_readme.BEGIN}\n")
+        assert text.endswith(f"\n{report_readme.END}below\n")
+        return text
+
+    assert "Not yet measured on a CPU." in figures(a=gpu_document(row()), b=document(5, 1.0, partial=True))
+    text = figures(
+        a=document(1, 1.0), b=document(2, 2.5, absent={"torch.compile": "no compiler"}), c=document(3, 9, partial=True)
+    )
+    assert "CPU Test, 2 threads" in text
+    assert "2026-01-02" in text
+    assert "| work | fastloss | torch | JAX | torch.compile | of the limit |" in text
+    assert "| mse_loss float32 9 | 2.5 | 2 | 3 |  | 0.36 |" in text
+    assert "A peer is faster at 1 of 1:\n\n- mse_loss float32 9: torch\n" in text
+    text = figures(d=document(4, 1.0))
+    assert "| mse_loss float32 9 | 1 | 2 | 3 | 0.9 |" in text
+    assert "no peer is faster at anything" in text
+
+
+def test_a_readme_without_its_marks_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("nothing here\n")
+    assert report_on(tmp_path, cpu=cpu_document()) == 2
+    assert "README.md lacks the lines <!-- figures" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "nothing here\n"
+
+
+def test_this_readme_has_them() -> None:
+    assert report_readme.with_figures(report_readme.README, []).count("Not yet measured on a CPU.") == 1
 
 
 # ---- comparison
@@ -232,6 +357,20 @@ def test_comparison_flags_what_got_slower(tmp_path: Path, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["ok      a 1: 1 -> 1.05 ms, 1.05x", "SLOWER  b 2: 1 -> 1.2 ms, 1.20x", "absent  c 3: 1 ms before"]
     assert compared(tmp_path, old, new, "--threshold", "1.25") == 0
+
+
+def test_comparison_knows_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def document(ms: float) -> Document:
+        sections = [
+            record.row(f"{name} 1", 8, times(fastloss=ms), section=name) for name in ("goals", "sweep", "startup")
+        ]
+        return cpu_document(*sections)
+
+    assert compared(tmp_path, document(1.0), document(1.5)) == 1
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["SLOWER", name] for name in ("goals", "sweep", "startup")
+    ]
+    assert compared(tmp_path, document(1.5), document(1.0)) == 0
 
 
 def test_work_that_no_longer_gets_through_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,6 +545,104 @@ def test_without_gpu_tests_that_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 # ---- compare.py
 
 
+def test_every_case_has_its_own_name_its_bytes_and_a_limit() -> None:
+    cases = importlib.import_module("cases")
+    by_name = {case.name: case for case in cases.CASES}
+    assert len(by_name) == len(cases.CASES)
+    fused = by_name["cross_entropy value and gradient float32 65,536 x 1,000"]
+    assert (fused.limit, fused.nbytes) == ("copy", 2 * 4 * 65_536_000 + 8 * 65_536 + 4)
+    triad = by_name["huber_loss value and gradient float32 33,554,432"]
+    assert (triad.limit, triad.nbytes) == ("triad", 3 * 4 * 33_554_432 + 4)
+    assert by_name["cross_entropy probabilities float32 8,192 x 1,000"].limit == "read"
+    assert by_name["cross_entropy float32 128 x 1,000"].limit is None
+    sizes = {len(str(case.shape)) for case in cases.CASES if case.section == "sweep" and case.loss == "mse_loss"}
+    assert len(sizes) == 7
+
+
+@pytest.mark.parametrize("case", ["cross_entropy", "probabilities", "maps", "halves", *sorted(POINTWISE)])
+def test_every_contender_computes_the_same(case: str) -> None:
+    cases, contenders = map(importlib.import_module, ("cases", "contenders"))
+    made = {
+        "cross_entropy": cases.cross_entropy(33, 10, gradient=True),
+        "probabilities": cases.cross_entropy(33, 10, probabilities=True),
+        "maps": cases.cross_entropy(3, 5, 4, 6, gradient=True),
+        "halves": cases.cross_entropy(33, 10, dtype="float16", gradient=True),
+    }
+    work = made[case] if case in made else cases.Case(case, "float32", (1001,), gradient=True)
+    x, y = work.operands()
+    assert x.ctypes.data % cases.ALIGNMENT == 0
+    ours = contenders.contender("fastloss", work, x, y)()
+    for name in ("NumPy", "torch", "JAX"):  # torch.compile takes seconds for each
+        try:
+            result = contenders.contender(name, work, x, y)()
+        except contenders.AbsentError:
+            continue
+        contenders.check(work, result, ours)
+    with pytest.raises(ValueError, match="wrong value"):
+        contenders.check(work, (ours[0] * 1.2, ours[1]) if work.gradient else ours * 1.2, ours)
+    if work.gradient:
+        with pytest.raises(ValueError, match="wrong gradient"):
+            contenders.check(work, (ours[0], ours[1] + 0.1), ours)
+
+
+def test_who_is_slow_has_fewer_rounds_spread_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = importlib.import_module("compare")
+    order: list[str] = []
+    clock = [0.0]
+
+    def taking(name: str, seconds: float) -> Any:
+        def call() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    calls = {"fastloss": taking("fastloss", 0.5), "NumPy": taking("NumPy", 0.3), "JAX": taking("JAX", 0.001)}
+    times = compare.measured(calls, 9, shortest=2e-3)
+    assert {name: len(found) for name, found in times.items()} == {"fastloss": 9, "NumPy": 3, "JAX": 9}
+    assert times["JAX"] == pytest.approx([0.001] * 9)
+    assert order.count("JAX") == 1 + 9 * 3  # an untimed one, and two that take that long
+    late = order[len(order) // 2 :]
+    assert "NumPy" in late
+
+
+def test_a_contender_that_fails_costs_its_cell_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, compare, contenders = map(importlib.import_module, ("cases", "compare", "contenders"))
+    makers = dict(contenders._MAKERS)
+
+    def absent(*arguments: Any) -> Any:
+        raise contenders.AbsentError("no compiler")
+
+    def broken(*arguments: Any) -> Any:
+        return lambda: 1 / 0
+
+    monkeypatch.setattr(contenders, "_MAKERS", makers | {"torch.compile": absent, "torch": broken, "JAX": absent})
+    monkeypatch.setitem(contenders.TEMPORARIES, "NumPy", 1e15)
+    why: dict[str, str] = {}
+    row = compare.row_of(cases.cross_entropy(4, 3), 3, why)
+    assert row["results"]["fastloss"]["ms"] > 0
+    assert row["results"]["torch"] == {"ms": None, "error": "division by zero", "gbs": None, "fraction": None}
+    assert "GB more" in row["results"]["NumPy"]["error"]
+    assert why == {"torch.compile": "no compiler", "JAX": "no compiler"}
+
+
+def test_limits_move_what_they_say() -> None:
+    np, limits = pytest.importorskip("numpy"), importlib.import_module("limits")
+    for kind, arrays in (("read", 1), ("copy", 2), ("triad", 3)):
+        call, nbytes = limits.limit(kind, 3 * arrays * 4 * limits.SHARE + 100)
+        assert nbytes == 3 * arrays * 4 * limits.SHARE
+        memory = limits._memory()
+        memory[: 3 * arrays * limits.SHARE] = np.arange(3 * arrays * limits.SHARE) % 1000
+        parts = memory[: 3 * arrays * limits.SHARE].reshape(arrays, -1)
+        expected = {"copy": parts[0].copy(), "triad": parts[0] + parts[min(1, arrays - 1)]}
+        call()
+        if kind in expected:
+            np.testing.assert_array_equal(parts[-1], expected[kind])
+        memory[: 3 * arrays * limits.SHARE] = 1
+
+
 def test_compare_writes_the_same_kind_of_file(tmp_path: Path) -> None:
     path = tmp_path / "cpu.json"
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "float32 1 x 10", "--json", str(path)]
@@ -414,10 +651,42 @@ def test_compare_writes_the_same_kind_of_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     document = record.load(path)
     (made,) = document["rows"]
-    assert (document["kind"], document["complete"]) == ("cpu", True)
+    assert (document["kind"], document["complete"], document["partial"]) == ("cpu", True, True)
     assert made["work"] == "cross_entropy float32 1 x 10"
-    assert all(made["results"][name]["ms"] > 0 for name in ("fastloss", "torch", "numpy"))
+    assert all(made["results"][name]["ms"] > 0 for name in ("fastloss", "torch", "NumPy"))
     assert document["device"]["threads"] >= 1
     assert "torch" in document["versions"]
     page = render(tmp_path, cpu=document)
-    assert cells(page, made["work"])[1] == "4.8e-05"
+    assert cells(page, made["work"])[1] == "5.2e-05"
+
+
+# ---- startup.py
+
+
+def test_a_process_is_split_into_stages(tmp_path: Path) -> None:
+    total, *stages = startup.first_result("mse_loss float32 32 x 10", tmp_path)
+    assert len(stages) == len(startup.STAGES)
+    assert sum(stages) == pytest.approx(total)
+    parts = dict(zip(startup.STAGES, stages, strict=True))
+    assert all(parts[stage] > 0 for stage in ("Python", "import numpy", "import fastloss", "kernels and the call"))
+    assert list(tmp_path.glob("*.o"))  # in the cache that it was given
+
+
+def test_start_up_is_measured_warm_cold_and_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = "mse_loss float32 32 x 10"
+    monkeypatch.setattr(startup, "WORKS", {work: startup.WORKS[work]})
+    monkeypatch.setattr(startup, "PROCESSES", 2)
+    monkeypatch.setattr(startup, "COLD_PROCESSES", 1)
+    monkeypatch.setattr(startup, "COMPILING", startup.COMPILING.replace("items():", "items()[-3:]:"))
+    document: Document = {}
+    warm, cold = startup.rows(document)
+    assert [made["work"] for made in (warm, cold)] == [
+        f"fresh process, {how}: {work}" for how in ("warm cache", "empty caches")
+    ]
+    assert 0 < record.time_of(warm) < record.time_of(cold)  # that one compiles
+    assert [made["results"]["fastloss"]["rounds"] for made in (warm, cold)] == [2, 1]
+    assert [line[0] for line in startup.stages_table(document)] == ["milliseconds", warm["work"], cold["work"]]
+    head, *lines = startup.compiling_table(document)
+    assert head == ["first call without a cache", "seconds", "kernels"]
+    assert len(lines) == 3
+    assert all(int(kernels) > 0 for _, _, kernels in lines)

@@ -51,7 +51,7 @@ def changed(name: str, place: tuple[int, ...], value: float) -> Callable[[], Non
 
 # name: command, what is done to the files before, what the line must say
 BAD: dict[str, tuple[str, Callable[[], object] | None, str]] = {
-    "no words": ("", None, "no command, expected evaluate or doctor"),
+    "no words": ("", None, "no command, expected evaluate, warmup or doctor"),
     "unknown command": ("evaluat a b c", None, "invalid choice: 'evaluat'"),
     "missing words": ("evaluate mse a.npy", None, "required: TARGET"),
     "unknown loss": (
