@@ -55,7 +55,7 @@ class Item:
         """Make the calls; seconds that they took. Raises InputError where the loss refuses an option."""
         start = time.perf_counter()
         try:
-            for elements in (max(1, self.classes), LARGE):
+            for elements in (2 * max(1, self.classes), LARGE):  # one sample's classes lie side by side in any layout
                 self._call(elements)
         except (ValueError, TypeError) as error:
             raise InputError(f"{self.loss.name}: {error}") from None

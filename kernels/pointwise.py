@@ -37,6 +37,16 @@ def wide(x: Value) -> Value:
     return x.wide() if isinstance(x, Value) else x  # type: ignore[redundant-expr]  # formulas run on arrays too
 
 
+def scaled(g: Value, scale: Value, wide: bool) -> Value:
+    """g times a float64 number, as if in float64: float32's rounding of the number and of what follows would be two of
+    five that add up to more than 4 ulp. `wide`: the result is wanted in float64."""
+    if g.elem == F64 or wide:
+        return g.to(F64) * scale
+    high = scale.to(F32)
+    low = (scale - high.to(F64)).to(F32)
+    return g.fma(high, (abs(g) < float("inf")).select(g * low, 0.0))
+
+
 @dataclass(frozen=True, eq=False)
 class Pointwise:
     """A loss of one element: formulas over `(x, y, *operands, *parameters)`, written once for every back end."""
@@ -121,10 +131,8 @@ class PointwiseVariant(Variant):
                 written.append(loss)
             for wanted, formula in ((self.grad, self.loss.grad), (self.grad_target, self.loss.grad_target)):
                 if wanted and formula:
-                    # in float64: two roundings in float32 are two in five that may add up to more than 4 ulp
-                    g = formula(*arguments).to(F64) * scale
-                    g = g * weight.to(F64) if weight is not None else g
-                    written.append(g * upstream if upstream is not None else g)
+                    factors = [factor.to(F64) for factor in (weight, upstream) if factor is not None]
+                    written.append(reduce(operator.mul, factors, scaled(formula(*arguments), scale, bool(factors))))
             for k, (name, value) in enumerate(zip(self.sinks, written, strict=True)):
                 at = slots[len(self.sources) + k] + i * storage.itemsize(name)
                 stream = self.stream and k >= (1 if self.losses else 0) and lanes > 1

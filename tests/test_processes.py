@@ -336,7 +336,7 @@ def test_changed_sources_are_never_stale(tmp_path: Path, own_caches: dict[str, s
     check_value(run_copy())
     changes = (
         ("mse.py", "return d * d", "return d + d"),
-        ("cpu.py", "start = chunk * _field(block, PER_CHUNK)", "start = chunk + _field(block, PER_CHUNK)"),
+        ("drivers.py", "start = chunk * self.field(PER_CHUNK)", "start = chunk + self.field(PER_CHUNK)"),
     )
     for file, old, new in changes:
         source = root / "kernels" / file

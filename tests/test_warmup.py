@@ -15,7 +15,6 @@ import pytest
 import fastloss
 from commands import run
 from fastloss import cli, warmup
-from fastloss.evaluate import loss_named
 from fastloss.files import InputError
 
 ROOT = Path(fastloss.__file__).resolve().parents[1]
@@ -205,5 +204,5 @@ def test_an_interrupt_ends_all_of_its_processes(tmp_path: Path) -> None:
 
 
 def test_classes_are_counts_of_rows() -> None:
-    chosen = warmup.items([loss_named("cross-entropy")], classes=[7, 300])
+    chosen = warmup.items([cli.loss_named("cross-entropy")], classes=[7, 300])
     assert [(item.classes, item.segmented) for item in chosen] == [(7, False), (300, False), (21, True)]
