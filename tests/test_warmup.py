@@ -128,7 +128,7 @@ def test_options_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(item) == (
         "cross-entropy float16 sum value, (N, C, d), 21 classes, probabilities, weight, label-smoothing=0.5"
     )
-    small = {"reduction": "sum", "label_smoothing": 0.5, "input": (1, 21, 1), "target": ((1, 21, 1), "float16")}
+    small = {"reduction": "sum", "label_smoothing": 0.5, "input": (1, 21, 2), "target": ((1, 21, 2), "float16")}
     large = small | {"input": (1, 21, warmup.LARGE // 21), "target": ((1, 21, warmup.LARGE // 21), "float16")}
     assert [found.pop("weight").shape for found in seen] == [(21,), (21,)]
     assert seen == [small, large]
