@@ -73,6 +73,8 @@ def differences(row: Row, sample: Sample, reduction: str, grad_output: Any, oper
 def test_finite_differences(row: Row, rng: Rng) -> None:
     for choice in (*row.choices(), row.any_choice(rng)):
         sample = row.draw(rng, (4, 3), "float64", choice)
+        while np.isnan(row.truth(sample, "mean").value):  # every sample ignored: the mean of none has no slope
+            sample = row.draw(rng, (4, 3), "float64", choice)
         if row.name == "binary_cross_entropy":
             # Away from 0 and 1, where the third derivative outgrows the step.
             sample = Sample(0.1 + 0.8 * sample.input, sample.target, sample.options)
