@@ -3,6 +3,7 @@
 The file is also the script that its test runs in fresh processes: `python test_scheduling.py`.
 """
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import fastloss
+from fastloss.backends import cpu
 from fastloss.backends.cpu import CHUNK, PARALLEL_BYTES, Task
 from table import ROWS, Rng, Row, name_of
 
@@ -68,3 +70,14 @@ def test_small_work_stays_on_one_thread(rng: Rng) -> None:
         call.evaluate()
         assert call.task is not None
         assert call.task.parallel == (8 * elements >= PARALLEL_BYTES)
+
+
+def test_a_driver_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(lambda nbytes: 0)
+    address = ctypes.cast(nothing, ctypes.c_void_p).value
+    monkeypatch.setattr(cpu, "memory", lambda: {"allocate": address, "free": address})
+    x = np.ones((5, 7), np.float32)
+    with pytest.raises(MemoryError, match="scratch"):
+        fastloss.cross_entropy(x, np.zeros(5, np.int64), ignore_index=-7)
+    with pytest.raises(MemoryError, match="scratch"):
+        fastloss.mse_loss(x, x, reduction="sum")

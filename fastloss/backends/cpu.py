@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -114,7 +115,10 @@ class Task:
             sums = self.entry(())()
         if sums is None:
             raise MemoryError("no memory for the sums of a loss")
-        return list(struct.unpack(f"{len(SUMS)}d", sums))
+        found = list(struct.unpack(f"{len(SUMS)}d", sums))
+        if math.isnan(found[SUMS.index("invalid")]):  # what a driver without memory leaves
+            raise MemoryError("no memory for the scratch of a loss")
+        return found
 
     def entry(
         self,
