@@ -63,7 +63,7 @@ def _runner(kind: str) -> Callable[[int, int, int, int, int], None]:
     share = callable_of(KINDS[kind][0], 4, None)
 
     @njit(parallel=True)
-    def run(a, b, out, out_step, shares):  # type: ignore[no-untyped-def]
+    def run(a, b, out, out_step, shares):
         for k in prange(shares):
             share(a + k * SHARE * 4, b + k * SHARE * 4, out + k * out_step, SHARE)
 

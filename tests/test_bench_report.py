@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -224,7 +225,6 @@ def test_a_dry_run_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_plots_come_and_go_with_their_results(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     rows = [row(f"cross_entropy bfloat16 64 x {classes:,}", classes / 1000) for classes in (10, 1_000, 32_000)]
     page = render(tmp_path, few=cpu_document(*rows[:2]), many=gpu_document(*rows))
     assert "![Speed against size, with the limit](benchmarks-many.png)" in page
@@ -238,7 +238,6 @@ def test_plots_come_and_go_with_their_results(tmp_path: Path) -> None:
 
 
 def test_a_panel_holds_every_contender_and_the_limit() -> None:
-    pytest.importorskip("matplotlib")
     import report_plots
 
     rows = [row(f"mse_loss float32 {n}", n / 1e6) for n in (100, 1_000, 10_000)]
@@ -252,7 +251,6 @@ def test_a_panel_holds_every_contender_and_the_limit() -> None:
 
 
 def test_panels_of_a_cpu_are_by_elements_and_keep_what_has_no_limit() -> None:
-    pytest.importorskip("matplotlib")
     import report_plots
 
     shapes = ("1 x 10", "100 x 10", "1,000,000 x 10")
@@ -629,7 +627,7 @@ def test_a_contender_that_fails_costs_its_cell_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_limits_move_what_they_say() -> None:
-    np, limits = pytest.importorskip("numpy"), importlib.import_module("limits")
+    limits = importlib.import_module("limits")
     for kind, arrays in (("read", 1), ("copy", 2), ("triad", 3)):
         call, nbytes = limits.limit(kind, 3 * arrays * 4 * limits.SHARE + 100)
         assert nbytes == 3 * arrays * 4 * limits.SHARE
