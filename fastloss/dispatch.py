@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from .arrays import View
+from .arrays import Engine, View
 
 # root module of the type -> adapter; an adapter is imported when the first such array is met
 ADAPTERS: dict[str, str] = {
@@ -31,6 +31,9 @@ _by_type: dict[type, ModuleType] = {}
 keys: dict[type, Callable[[Any], Hashable | None]] = {}
 
 
+_engines: dict[type, Callable[[Any], Engine | None] | None] = dict.fromkeys((str, int, float, bool, type(None)))
+
+
 def register(module: str, adapter: str) -> None:
     """Read arrays whose type is defined under the root module `module` with the module named `adapter`.
 
@@ -40,6 +43,7 @@ def register(module: str, adapter: str) -> None:
     ADAPTERS[module] = adapter
     _by_type.clear()
     keys.clear()
+    _engines.clear()
 
 
 def adapter_of(array: Any) -> ModuleType:
@@ -60,6 +64,23 @@ def view(array: Any, name: str, differentiable: bool = False) -> View:
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
     return found
+
+
+def engine(arguments: Iterable[Any]) -> Engine | None:
+    """Who evaluates a loss of these arguments, where one of them is an array that holds no numbers yet."""
+    for argument in arguments:
+        kind = type(argument)
+        try:
+            find = _engines[kind]
+        except KeyError:
+            try:
+                find = getattr(adapter_of(argument), "engine", None)
+            except TypeError:  # an option, or an array of no library that we know: `view` says so, by its name
+                find = None
+            _engines[kind] = find
+        if find is not None and (found := find(argument)) is not None:
+            return found
+    return None
 
 
 def one_device(views: Mapping[str, View]) -> int | None:

@@ -8,11 +8,12 @@ at least float32, summed in float64 (on a GPU: in pairs of float32) and rounded 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec
 
-from . import checks
+from . import checks, dispatch
 from .call import Call
 from .checks import REDUCTIONS
 from .classification import NLLCall, SoftmaxCall
@@ -49,11 +50,17 @@ class Loss(Generic[P]):
             if not kwargs:
                 plans.note(plan)
             return result
+        if (engine := dispatch.engine((*args, *kwargs.values()))) is not None:
+            return engine.evaluate(self, self.arguments(*args, **kwargs))
         call = self.call(*args, **kwargs)
         result = call.evaluate()
         if key is not None:
             plans.keep(key, call.plan())
         return result
+
+    def arguments(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """What was given, by name."""
+        return inspect.signature(self.call).bind(*args, **kwargs).arguments
 
     def __repr__(self) -> str:
         return f"<loss fastloss.{self.call.__name__}>"

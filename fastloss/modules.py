@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from . import checks, losses
+from . import checks, dispatch, losses
 from .call import Call
 
 Array = Any
@@ -31,7 +31,13 @@ class _Module:
         """The call that these arrays and my options make, not evaluated."""
         return self.function.call(input, target, **self.options)
 
+    def arguments(self, input: Array, target: Array) -> dict[str, Any]:
+        """What these arrays and my options give to the function, by name."""
+        return {"input": input, "target": target, **self.options}
+
     def __call__(self, input: Array, target: Array) -> Array:
+        if (engine := dispatch.engine((input, target, *self.options.values()))) is not None:
+            return engine.evaluate(self.function, self.arguments(input, target))
         return self.call(input, target).evaluate()
 
     def __repr__(self) -> str:

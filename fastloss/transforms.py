@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import dispatch
 from .call import Call
 from .plans import Plans
 
@@ -59,6 +60,11 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
         outs = grad_out if several and grad_out is not None else [grad_out] * len(names)
         if len(outs) != len(names):
             raise ValueError(f"grad_out has {len(outs)} arrays, expected one for each of argnums {positions}")
+        if (engine := dispatch.engine((*args, *kwargs.values()))) is not None:
+            loss: Any = getattr(fn, "function", fn)  # of one of the classes' instances
+            arguments = fn.arguments(*args, **kwargs)  # type: ignore[attr-defined]  # losses and instances have it
+            value, grads = engine.value_and_grad(loss, arguments, names, grad_output, outs)
+            return value, tuple(grads) if several else grads[0]
         made = call(*args, **kwargs)
         value, grads = made.value_and_grad(names, grad_output, outs)
         if key is not None:

@@ -24,14 +24,39 @@ and, where calls on small arrays should be fast, two more::
     address(array) -> int                         # of its first element
     KEYED = (type, ...)                           # the only types whose arrays `key` is asked about; absent: any
 
+Arrays that hold no numbers here and now (a tracer's, a graph's) are somebody else's to evaluate::
+
+    engine(array) -> Engine | None                # who evaluates the losses of this array; None: its memory is read
+
 `differentiable` says that a gradient was asked for, so an array that records gradients may be read. dtypes are names:
 "float32", "bfloat16", "int64", ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from ..losses import Loss
+
+
+class Engine(Protocol):
+    """Evaluates losses of arrays that cannot be read yet. `arguments` are the loss's own, by name; absent: default."""
+
+    def evaluate(self, loss: Loss[Any], arguments: Mapping[str, Any]) -> Any:
+        """What the loss function returns."""
+
+    def value_and_grad(
+        self,
+        loss: Loss[Any],
+        arguments: Mapping[str, Any],
+        names: Sequence[str],
+        grad_output: Any,
+        grad_outs: Sequence[Any],
+    ) -> tuple[Any, list[Any]]:
+        """The value, and the gradients by the arguments `names`."""
 
 
 @dataclass(frozen=True, slots=True)
