@@ -37,11 +37,11 @@ class Loss(Generic[P]):
 
     def __init__(self, call: Callable[P, Call]) -> None:
         self.call = call
-        self._plans = Plans()
+        self.plans = Plans()
         update_wrapper(self, call)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array:
-        plans = self._plans
+        plans = self.plans
         if not kwargs and (result := plans.recent(*args)) is not None:
             return result
         key = plans.key(args, kwargs)
