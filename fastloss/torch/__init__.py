@@ -12,6 +12,7 @@ The functions and modules take what torch's take, and keyword arguments of fastl
 needed is written by the kernel that computes the value. docs/torch.md says which way a call takes.
 """
 
+from . import errors
 from .functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -49,6 +50,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "errors",
     "huber_loss",
     "kl_div",
     "l1_loss",

@@ -48,8 +48,8 @@ class Fused(torch.autograd.Function):
         else:
             grads, keep = ctx.grads, _graph_is_kept()
             if not keep:
-                ctx.grads = None  # nobody else holds them: autograd makes them .grad, and they may be scaled in place
-            grads = gradients.scaled(grads, grad_output, in_place=not keep)
+                ctx.grads = None  # nobody else holds them then: autograd makes this memory .grad
+            grads = gradients.scaled(grads, grad_output, keep)
         found = dict(zip(wanted, grads, strict=True))
         return None, None, None, *(found.get(name) for name in spec.tensors)
 

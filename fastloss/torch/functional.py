@@ -42,6 +42,7 @@ _function_modes = torch._C._len_torch_function_stack
 _autocasts = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
 _PLAIN = (Tensor, torch.nn.Parameter)
+_READ = ("cpu", "cuda")  # devices whose memory kernels read
 
 
 def _drop_in(spec: Spec) -> Callable[[Callable[P, Arguments]], Callable[P, Tensor]]:
@@ -90,7 +91,8 @@ def _evaluate(spec: Spec, tensors: Sequence[Tensor | None], options: dict[str, A
 
         return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
     given = [tensor for tensor in tensors if tensor is not None]
-    if options["dtype"] is None and torch.is_autocast_enabled(given[0].device.type) and _half(given):
+    device = given[0].device.type
+    if options["dtype"] is None and device in _READ and torch.is_autocast_enabled(device) and _half(given):
         options = options | {"dtype": torch.float32}  # autocast runs losses in float32; our kernels do without a copy
     wanted = _wanted(spec, tensors)
     has_kernels = set(wanted) <= set(spec.differentiable(tensors))
