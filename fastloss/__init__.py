@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .checks import BroadcastWarning
     from .dispatch import register
+    from .linear import linear_cross_entropy
     from .losses import (
         binary_cross_entropy,
         binary_cross_entropy_with_logits,
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
         NLLLoss,
         SmoothL1Loss,
     )
+    from .partials import Partials, cross_entropy_partials, cross_entropy_partials_grad
     from .runtime import get_num_threads, set_num_threads, show_versions
     from .transforms import value_and_grad
 
 _HOME = {
     "checks": ("BroadcastWarning",),
     "dispatch": ("register",),
+    "linear": ("linear_cross_entropy",),
     "losses": (
         "binary_cross_entropy",
         "binary_cross_entropy_with_logits",
@@ -57,6 +60,7 @@ _HOME = {
         "smooth_l1_loss",
     ),
     "meter": ("Meter",),
+    "partials": ("Partials", "cross_entropy_partials", "cross_entropy_partials_grad"),
     "modules": (
         "BCELoss",
         "BCEWithLogitsLoss",
@@ -84,14 +88,18 @@ __all__ = [
     "MSELoss",
     "Meter",
     "NLLLoss",
+    "Partials",
     "SmoothL1Loss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "cross_entropy_partials",
+    "cross_entropy_partials_grad",
     "get_num_threads",
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
     "pointwise_loss",

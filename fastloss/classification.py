@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class _ClassCall(Call):
     """What both losses share: classes along axis 1, indices, class weights, ignored samples."""
 
     _alternative = ""  # to class indices, for messages
+    _may_be_empty = False  # whether there may be samples without classes
     by_probability = False  # whether the target holds class probabilities
     weighted_mean = True
 
@@ -70,7 +72,7 @@ class _ClassCall(Call):
         if self.x.device is None:  # a row loss over (C) is one over (1, C)
             self.logits = self.x.data[None] if axis == 0 else self.x.data
         self._check_target()
-        if self.classes == 0 and 0 not in self._losses_shape:
+        if self.classes == 0 and 0 not in self._losses_shape and not self._may_be_empty:
             raise ValueError(f"input has shape {self.x.shape}: there are samples, but no classes")
 
     def _check_target(self) -> None:
@@ -220,6 +222,11 @@ class SoftmaxCall(_ClassCall):
         self.weighted_mean = not self.by_probability
 
     @property
+    def num_classes(self) -> int:
+        """How many classes share what label smoothing takes from the target."""
+        return self.classes
+
+    @property
     def losses_like(self) -> np.ndarray:
         return np.empty(()) if self.by_probability else self.t.data
 
@@ -267,8 +274,9 @@ class SoftmaxCall(_ClassCall):
         scale: float = 1.0,
         scale_z: float = 1.0,
         upstream: np.ndarray | None = None,
+        shard: Sequence[np.ndarray | None] = (),
     ) -> Sums:
-        """Run the kernel that these options need."""
+        """Run the kernel that these options need. `shard`: the arrays of a shard's kernel from `records.PULL` on."""
         grad, grad_target = grads.get("input"), grads.get("target")
         weights = self.class_weights(self.compute)
         options = (
@@ -284,6 +292,7 @@ class SoftmaxCall(_ClassCall):
             losses.dtype if losses else None,
             grad.dtype if grad else None,
             grad_target.dtype if grad_target else None,
+            bool(shard),
         )
 
         arrays = [
@@ -294,10 +303,11 @@ class SoftmaxCall(_ClassCall):
             None if self.by_probability else self.index,
             self.with_samples(upstream),
             self.with_samples(losses.data if losses else None),
+            *map(self.with_samples, shard),
         ]
         exact = self.class_weights("float64")
         total_weight = float(self.classes if exact is None else exact.sum())
-        keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.classes, 1)
+        keep, share = 1.0 - self.label_smoothing, self.label_smoothing / max(self.num_classes, 1)
         parameters = [scale, scale_z, keep, share, total_weight, self.lse_square_scale, self.softcap or 0.0]
         return self._run(cpu.softmax_task(options, arrays, weights, self.ignore_index, parameters))
 

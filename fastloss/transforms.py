@@ -19,7 +19,8 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     Args:
         fn: a function of fastloss (`fastloss.cross_entropy`) or one of its classes' instances.
         argnums: position of the argument to differentiate by: 0 is input, 1 target; for cross_entropy with class
-            probabilities also the position of weight, 2. A sequence of positions gives a tuple of gradients.
+            probabilities also the position of weight, 2; for linear_cross_entropy 0, 1 and 3 are input, linear_weight
+            and linear_bias. A sequence of positions gives a tuple of gradients.
 
     Returns:
         A function with the signature of `fn` and two more keyword arguments. `grad_output` is the gradient of what
@@ -44,7 +45,9 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     several = not isinstance(argnums, int)
     positions = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     parameters = list(inspect.signature(call).parameters)
-    names = [_name(parameters, position) for position in positions]
+    differentiable = getattr(fn, "differentiable", _NAMES)
+    names = [_name(parameters, position, differentiable) for position in positions]
+    engine_of = getattr(fn, "engine", dispatch.engine)
 
     plans = Plans()
 
@@ -60,7 +63,7 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
         outs = grad_out if several and grad_out is not None else [grad_out] * len(names)
         if len(outs) != len(names):
             raise ValueError(f"grad_out has {len(outs)} arrays, expected one for each of argnums {positions}")
-        if (engine := dispatch.engine((*args, *kwargs.values()))) is not None:
+        if (engine := engine_of((*args, *kwargs.values()))) is not None:
             loss: Any = getattr(fn, "function", fn)  # of one of the classes' instances
             arguments = fn.arguments(*args, **kwargs)  # type: ignore[attr-defined]  # losses and instances have it
             value, grads = engine.value_and_grad(loss, arguments, names, grad_output, outs)
@@ -74,9 +77,9 @@ def value_and_grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0) -> 
     return differentiated
 
 
-def _name(parameters: list[str], position: int) -> str:
-    if position not in range(-len(parameters), len(parameters)) or parameters[position] not in _NAMES:
+def _name(parameters: list[str], position: int, names: Sequence[str]) -> str:
+    if position not in range(-len(parameters), len(parameters)) or parameters[position] not in names:
         raise ValueError(
-            f"argnums has {position}, expected positions of {', '.join(p for p in parameters if p in _NAMES)}"
+            f"argnums has {position}, expected positions of {', '.join(p for p in parameters if p in names)}"
         )
     return parameters[position]

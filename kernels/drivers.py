@@ -28,8 +28,11 @@ from .records import (
     INDEX,
     ITEMSIZE,
     LOSSES,
+    LSE,
+    MASS,
     N_ARRAYS,
     N_CLASSY,
+    N_RECORDS,
     N_SOURCES,
     NDIM,
     PARAMETERS,
@@ -47,6 +50,7 @@ FIRST_SAMPLE, CLASSES, SCRATCH = (ARRAYS.index(name) for name in ("index", "clas
 STAGE = 1024  # pointwise elements staged at a time: five float64 operands fill 40 KB
 SUM_BYTES = 64  # a chunk's row of sums: a cache line of its own
 WORD = 8  # bytes of a field, and of the widest element
+WRITTEN = (LOSSES, LSE, MASS)  # of what each sample has one of
 
 
 def _void(function: Value, *arguments: Value) -> None:
@@ -245,13 +249,13 @@ class _Samples:
     """One chunk of a row loss. Kernels with lanes along samples want sixteen at least: what is left over of a chunk, or
     of a dimension, passes through scratch, where there is room for as many."""
 
-    def __init__(self, layout: str, block: Value, chunk: Value) -> None:
+    def __init__(self, layout: str, n_records: int, block: Value, chunk: Value) -> None:
         self.task, self.chunk, self.b = _Block(block), chunk, block.b
         self.by_row = layout != "tile"  # how scratch is laid out: a row for each sample, or for each class
         self.padded = layout != "rows"
         self.template = self.task.field(TEMPLATE)
         self.classes = (self.template + 8 * CLASSES).load(I64)
-        self.records = [self.task.record(k) for k in range(LOSSES + 1)]
+        self.records = [self.task.record(k) for k in range(n_records)]
         zero, one = self.task.zero, self.task.zero + 1
         present = [record.itemsize != 0 for record in self.records]
         self.present = present
@@ -271,7 +275,7 @@ class _Samples:
             n_staged = n_staged + (here if self.padded else here & (record.direct == 0)).zext(I64)
         slots = 8 * len(ARRAYS)
         column = self.room * WORD  # of samples
-        columns = LOSSES + 1 - N_CLASSY
+        columns = len(self.records) - N_CLASSY
         array = self.classes * self.room * WORD
         kernels = (self.template + 8 * SCRATCH).load(I64)
         nbytes = slots + column * columns + array * n_staged + kernels + 2 * 64
@@ -297,10 +301,10 @@ class _Samples:
                     few, n = left < 0, left
                 n = (self.staged == 1).select(n.at_most(self.room), n)
                 here = staged
-                for k in range(LOSSES + 1):
+                for k in range(len(self.records)):
                     here = self.place(k, start, n, few, memory, samples + (k - N_CLASSY) * column, here)
                 _void(task.field(FUNCTION), n, memory, task.field(PARAMETERS), task.sums(self.chunk))
-                for k in (*range(GRAD, INDEX), LOSSES):
+                for k in (*range(GRAD, INDEX), *(k for k in WRITTEN if k < len(self.records))):
                     self.hand_back(k, start, n, few, memory)
                 return start + n
 
@@ -328,7 +332,7 @@ class _Samples:
         def through_scratch() -> list[Value]:
             if not classy:
                 put(column, here, here)
-                if k != LOSSES:
+                if k not in WRITTEN:
                     record.stage(record.address, start, n, column, record.itemsize, True)
                 return [here]
             step, row = self.scratch_steps(k)
@@ -388,13 +392,13 @@ class _Samples:
 
 
 @cache
-def driver(layout: str) -> int:
-    """Address of the driver for "pointwise", or for a layout of `softmax.KERNELS`."""
+def driver(layout: str, n_records: int = N_RECORDS) -> int:
+    """Address of the driver for "pointwise", or for a layout of `softmax.KERNELS` and so many records."""
 
     def emit(block: Value, chunk: Value) -> None:
         if layout == "pointwise":
             _pointwise(block, chunk)
         else:
-            _Samples(layout, block, chunk).emit()
+            _Samples(layout, n_records, block, chunk).emit()
 
-    return compiler.compile_function(emit, 2, ("driver", layout))
+    return compiler.compile_function(emit, 2, ("driver", layout, n_records))

@@ -29,9 +29,9 @@ BODY = len(Header._fields)
 # unsigned class indices.
 ADDRESS, ITEMSIZE, DIRECT, SWAP, CLASS_STEP, STRIDES = range(6)
 
-# a row loss's records, in order; the first four have a class dimension
-LOGITS, PROBABILITIES, GRAD, GRAD_TARGET, INDEX, UPSTREAM, LOSSES = range(7)
-N_CLASSY = 4
+# a row loss's records, in order; the first four have a class dimension, those after LOSSES are a shard's
+LOGITS, PROBABILITIES, GRAD, GRAD_TARGET, INDEX, UPSTREAM, LOSSES, PULL, MERGED, LSE, MASS = range(11)
+N_CLASSY, N_RECORDS, N_SHARD_RECORDS = 4, 7, 11
 
 # What a call of a row loss's kernel passes, all 64 bits wide: addresses of the first sample's first class, the bytes
 # from class to class and from sample to sample; what each sample has one of; class weights; how many samples make a
@@ -40,7 +40,8 @@ ARRAYS = (
     "logits", "probabilities", "grad", "grad_target",
     "logits_step", "probabilities_step", "grad_step", "grad_target_step",
     "logits_row", "probabilities_row", "grad_row", "grad_target_row",
-    "index", "upstream", "losses", "weight", "classes", "ignore_index", "tile", "scratch",
+    "index", "upstream", "losses", "pull", "merged", "lse", "mass",
+    "weight", "classes", "ignore_index", "tile", "scratch",
 )  # fmt: skip
 # float64: scale of gradients, of the z-loss's gradient; 1 - e and e / C of label smoothing; sum of class weights
 NUMBERS = ("scale", "scale_z", "keep", "share", "weight_sum", "lse_square_scale", "softcap")

@@ -30,6 +30,9 @@ class SoftmaxVariant(Variant):
     losses: str | None = None
     grad: str | None = None
     grad_target: str | None = None
+    # Classes are one shard of the whole. Without `grad` each sample's state is written: losses, lse and mass, float64.
+    # With it the whole's lse, `merged`, is given, and `pull`, what the whole's softmax counts for in the gradient.
+    shard: bool = False
     stream: bool = False  # `grad` goes past the caches; not with "short"
 
     @property

@@ -13,7 +13,7 @@ from .pointwise import SUMS
 from .records import ARRAYS, NUMBERS
 from .targets import INVALID, LIVE, Targets
 from .values import F32, F64, I64, LANES, SIZE, Value, full, when
-from .vecmath import log, log_of_normal, tanh
+from .vecmath import exp, log, log_of_normal, tanh
 
 if TYPE_CHECKING:
     from .softmax import SoftmaxVariant
@@ -41,8 +41,10 @@ class Samples(NamedTuple):
     reference: Reference
     sums: ClassSums
     z: Value | None  # the target's logit
-    weight: Value | None  # of the target's class
+    weight: Value | None  # of the target's class; of a shard that does not have it, 0
     upstream: Value | None
+    pull: Value | None = None  # of a shard's gradient: see `SoftmaxVariant.shard`
+    merged: Value | None = None
 
 
 class Loss(NamedTuple):
@@ -51,6 +53,7 @@ class Loss(NamedTuple):
     loss: Value
     z: Value
     lse: Value
+    mass: Value  # sum of what (lse - logit) is multiplied by
     share: Value  # what an exponential is multiplied by in the gradient
     scale: Value  # what the rest of the gradient is multiplied by
 
@@ -63,14 +66,30 @@ class SoftmaxKernel:
         self.a = {name: (arrays + 8 * k).load(I64) for k, name in enumerate(ARRAYS)}
         self.p = {name: (parameters + 8 * k).load(F64) for k, name in enumerate(NUMBERS)}
         self.type = storage.COMPUTE[variant.compute]
-        self.plain = not (variant.probabilities or variant.weighted or variant.smoothing or variant.z_loss)
+        options = variant.probabilities or variant.weighted or variant.smoothing or variant.z_loss
+        self.plain = not (options or variant.shard)
+        self.state = variant.shard and not variant.grad
         # Without options a loss is one difference and one logarithm, which float32 holds as well as the logits do.
         self.wide = self.type if self.plain else F64
         # Lanes of the running sums: four losses of float32 add up in float64 without an error that would matter.
         self.sum_lanes = LANES // 4 if self.wide == F32 else LANES
         self.classes, self.begin = self.a["classes"], Value(self.b, I64(0))
-        self.targets = Targets(self.a["index"], variant.index, self.classes, self.a["ignore_index"])
+        self.targets = Targets(self.a["index"], variant.index, self.classes, self.a["ignore_index"], variant.shard)
         self.summed = ("loss", "loss_low") if self.plain else ("loss", "loss_low", "weight", "weight_low", "z", "z_low")
+
+    # what each sample has one of
+
+    @property
+    def writes(self) -> dict[str, str]:
+        """Names of the arrays that are written, and their storages."""
+        if self.state:
+            return dict.fromkeys(("losses", "lse", "mass"), "float64")
+        return {"losses": self.v.losses} if self.v.losses else {}
+
+    def written(self, loss: Loss) -> dict[str, Value]:
+        """What is written to them."""
+        found = {"losses": loss.loss + loss.z, "lse": loss.lse, "mass": loss.mass}
+        return {name: found[name] for name in self.writes}
 
     # the sums of all samples
 
@@ -81,6 +100,8 @@ class SoftmaxKernel:
     def add_samples(self, state: Sequence[Value], fate: Value, usual: Value, loss: Value, *more: Value) -> list[Value]:
         """Sixteen samples more, which all live if `usual`: their losses, and where they are not plain their weights and
         z-losses."""
+        if self.v.shard:  # of which nobody asks for sums
+            return list(state)
         terms = (loss, *more)
 
         def all_() -> list[Value]:
@@ -124,6 +145,16 @@ class SoftmaxKernel:
             slot(name).store(slot(name).load(F64) + number)
 
     # reading
+
+    def reference_of(self, highest: Value) -> Value:
+        """What is subtracted from logits whose maximum is known: of a shard without a finite one 0, so that its
+        exponentials are 0 and not NaN."""
+        return (highest == float("-inf")).select(0.0, highest) if self.v.shard else highest
+
+    def of_shard(self, t: Value, z: Value, weight: Value | None) -> tuple[Value, Value]:
+        """The target's logit and weight as a shard counts them, 0 where it does not have class t."""
+        own = t >= 0
+        return own.select(z, 0.0), own.select(z.to(F64).lift(1.0) if weight is None else weight.to(F64), 0.0)
 
     def column(self, elem: ir.Type, count: int = LANES) -> Value:
         """The address of scratch for `count` numbers."""
@@ -180,7 +211,7 @@ class SoftmaxKernel:
         lse, zero = high + rest, rest.lift(0.0)
         if self.plain and s.z is not None:
             scale = p["scale"].splat(rest.lanes) if s.upstream is None else s.upstream * p["scale"]
-            return Loss((high - s.z) + rest, zero, lse, scale / s.sums.exponentials, scale)
+            return Loss((high - s.z) + rest, zero, lse, scale, scale / s.sums.exponentials, scale)
         above = (high - origin) + rest
         if s.z is None:
             mass = s.sums.mass
@@ -192,12 +223,19 @@ class SoftmaxKernel:
                 loss = loss + (above * p["weight_sum"] - s.sums.dot) * p["share"]
                 mass = mass + p["share"] * p["weight_sum"]
         scale = p["scale"].splat(rest.lanes) if s.upstream is None else s.upstream * p["scale"]
+        if s.pull is not None and s.merged is not None:
+            # of exponentials that are all 0 the reference says nothing
+            nothing = (s.sums.exponentials == 0.0) & (s.merged > float("-inf"))
+            share = nothing.select(0.0, s.pull * exp((high - s.merged) + low))
+            return Loss(zero, zero, s.merged, mass, share, scale)
+        if self.state:
+            loss = (lse == float("-inf")).select(0.0, loss)
         pull, square = mass * scale, zero
         if self.v.z_loss:
             square = lse * lse * p["lse_square_scale"]
             scale_z = p["scale_z"] if s.upstream is None else s.upstream * p["scale_z"]
             pull = pull + lse * scale_z * (2.0 * p["lse_square_scale"])
-        return Loss(loss, square, lse, pull / s.sums.exponentials, scale)
+        return Loss(loss, square, lse, mass, pull / s.sums.exponentials, scale)
 
     # the gradients
 

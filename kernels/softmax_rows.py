@@ -33,11 +33,13 @@ class RowsKernel(SoftmaxKernel):
             names |= {"z": self.wide, "weight": self.wide}
         if self.v.upstream:
             names["upstream"] = self.wide
+        if self.v.shard and self.v.grad:
+            names |= {"pull": F64, "merged": F64}
         # a number for each row of a group
         self.columns = {name: self.column(elem) for name, elem in names.items()}
         self.kinds = names
         self.fates, self.exact, self.indices = self.column(I32), self.column(I32), self.column(I64)
-        self.results = {"share": self.type, "scale": self.wide, "lse": self.wide, "loss": self.wide}
+        self.results = {"share": self.type} | dict.fromkeys(("scale", "lse", "losses", "mass"), self.wide)
         self.found = {name: self.column(elem) for name, elem in self.results.items()}
         self.ends = {
             name: self.column(storage.MEMORY[kind], 2 * LANES)
@@ -74,18 +76,20 @@ class RowsKernel(SoftmaxKernel):
             Reference(columns["high"], columns["low"], columns.get("origin", zero)),
             ClassSums(columns["exponentials"], columns.get("mass", zero), columns.get("dot", zero)),
             columns.get("z"),
-            columns["weight"] if self.v.weighted and "weight" in columns else None,
+            columns["weight"] if (self.v.weighted or self.v.shard) and "weight" in columns else None,
             columns.get("upstream"),
+            columns.get("pull"),
+            columns.get("merged"),
         )
         loss = self.finish(samples)
         more = () if self.plain else (one if samples.weight is None else samples.weight, loss.z)
         state = self.add_samples(state, fate, ~(fate != LIVE).any(), loss.loss, *more)
-        results = {"share": loss.share, "scale": loss.scale, "lse": loss.lse, "loss": loss.loss + loss.z}
-        wanted = {"loss"} if self.v.losses else set()
-        wanted |= {"share", "scale", "lse"} if self.v.grad or self.v.grad_target else set()
-        for name in sorted(wanted):
-            self.found[name].store((fate == LIVE).select(results[name], 0.0).to(self.results[name]))
-        if wanted:
+        results = self.written(loss)
+        if self.v.grad or self.v.grad_target:
+            results |= {"share": loss.share, "scale": loss.scale, "lse": loss.lse}
+        for name, result in sorted(results.items()):
+            self.found[name].store((fate == LIVE).select(result, 0.0).to(self.results[name]))
+        if results:
             loop(self.begin, many, 1, [], lambda r: self.write(start + r, r))
         return state
 
@@ -94,8 +98,9 @@ class RowsKernel(SoftmaxKernel):
     def read(self, i: Value, r: Value) -> None:
         """Sum row i, the r-th of its group, into the columns."""
         x = self.a["logits"] + i * self.a["logits_row"]
-        if self.v.upstream:
-            self.put("upstream", r, (self.a["upstream"] + 8 * i).load(F64))
+        for name in ("upstream", "pull", "merged"):
+            if name in self.kinds:
+                self.put(name, r, (self.a[name] + 8 * i).load(F64))
         if self.v.probabilities:
             (self.fates + 4 * r).store(full(self.b, I32, 1, LIVE))
             self.sum_row(i, r, x)
@@ -106,9 +111,12 @@ class RowsKernel(SoftmaxKernel):
 
         def live() -> None:
             # before anything is written: the gradient may replace the logits
-            z, _ = self.logit_of(self.load_raw(x, t, 1))
+            own = t.at_least(0) if self.v.shard else t
+            z, _ = self.logit_of(self.load_raw(x, own, 1))
+            weight = self.load_weight(own, 1)
+            if self.v.shard:
+                z, weight = self.of_shard(t, z, weight)
             self.put("z", r, z)
-            weight = self.load_weight(t, 1)
             if weight is not None:
                 self.put("weight", r, weight)
             self.sum_row(i, r, x)
@@ -146,7 +154,7 @@ class RowsKernel(SoftmaxKernel):
 
         def exact() -> list[Value]:
             """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""
-            highest = self.maximum(x)
+            highest = self.reference_of(self.maximum(x))
             again = self.sweep(i, x, lambda z: exp(z - highest), None)
             # what mass and dot are relative to stays as it is
             return [again.exponentials, highest.to(self.wide), high.lift(0.0)]
@@ -192,7 +200,8 @@ class RowsKernel(SoftmaxKernel):
             return [t + part.to(F64) for t, part in zip(total, parts, strict=True)]
 
         whole = self.classes & -LANES
-        flush = FLUSH if self.plain else FLUSH_MASS
+        alone = self.plain or (self.v.shard and not (self.v.probabilities or self.v.smoothing))
+        flush = FLUSH if alone else FLUSH_MASS
         _, state = loop(self.begin, whole + (flush - 1), flush, [wide] * 3, block)
         # the last vector overlaps what was done; only the lanes that are new count
         rest = (self.classes - whole).trunc(I32)
@@ -214,9 +223,8 @@ class RowsKernel(SoftmaxKernel):
 
     def write(self, i: Value, r: Value) -> None:
         """Row i's loss and gradients, out of the results for the r-th row of the group."""
-        if self.v.losses:
-            at = self.a["losses"] + i * storage.itemsize(self.v.losses)
-            storage.store(at, self.get("loss", r), self.v.losses)
+        for name, kind in self.writes.items():
+            storage.store(self.a[name] + i * storage.itemsize(kind), self.get(name, r), kind)
         if not (self.v.grad or self.v.grad_target):
             return
         x = self.a["logits"] + i * self.a["logits_row"]
@@ -260,7 +268,7 @@ class RowsKernel(SoftmaxKernel):
         t = weight = None
         if not self.v.probabilities:
             t = (self.indices + 8 * r).load(I64)
-            weight = self.load_weight(t, 1)
+            weight = self.load_weight(t.at_least(0) if self.v.shard else t, 1)
 
         def gradient(c: Value, lanes: int, with_target: bool = False) -> Value:
             z, bent = self.logit_of(self.load_raw(x, c, lanes))

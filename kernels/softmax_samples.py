@@ -164,6 +164,7 @@ class SamplesKernel(SoftmaxKernel):
             return [(z > highest).select(z, highest)]
 
         (highest,) = classes.fold([full(self.b, self.type, LANES, float("-inf"))], larger)
+        highest = self.reference_of(highest)
         left = self.n - i
         t = z = weight = None
         if self.v.probabilities:
@@ -171,8 +172,11 @@ class SamplesKernel(SoftmaxKernel):
         else:
             t, fate, usual = self.targets.sixteen(i, left)
             z = self.logit(self.pick(classes, t, i)).to(self.wide)
-            weight = self.weights_of(t)
+            weight = self.weights_of(t.at_least(0) if self.v.shard else t)
         upstream = (self.a["upstream"] + 8 * i).load(F64, LANES).to(self.wide) if self.v.upstream else None
+        pull = merged = None
+        if self.v.shard and self.v.grad:
+            pull, merged = ((self.a[name] + 8 * i).load(F64, LANES) for name in ("pull", "merged"))
 
         def add(c: Value, place: Any, held: Value, part: Value, *rest: Value) -> list[Value]:
             self.coming(i, c)
@@ -193,13 +197,15 @@ class SamplesKernel(SoftmaxKernel):
         found = [total.to(self.wide) for total in classes.sums(0 if self.plain else 2, add)]
         zero, wide = full(self.b, self.wide, LANES), highest.to(self.wide)
         sums = ClassSums(*found) if len(found) == 3 else ClassSums(found[0], zero, zero)
-        wide_weight = None if weight is None else weight.to(F64)
-        samples = Samples(fate, Reference(wide, zero, wide), sums, z, wide_weight, upstream)
+        own_weight = None if weight is None else weight.to(F64)
+        if self.v.shard and t is not None and z is not None:
+            z, own_weight = self.of_shard(t, z, weight)
+        samples = Samples(fate, Reference(wide, zero, wide), sums, z, own_weight, upstream, pull, merged)
         loss = self.finish(samples)
         live = fate == LIVE
-        if self.v.losses:
-            at = self.a["losses"] + i * storage.itemsize(self.v.losses)
-            storage.store(at, live.select(loss.loss + loss.z, 0.0), self.v.losses)
+        written = self.written(loss)
+        for name, kind in self.writes.items():
+            storage.store(self.a[name] + i * storage.itemsize(kind), live.select(written[name], 0.0), kind)
         if self.v.grad or self.v.grad_target:
             self.write_gradients(classes, probability, write, t, live, highest, loss, weight)
         if self.by_product and z is not None:

@@ -8,6 +8,8 @@ from . import storage
 from .values import I32, I64, LANES, SIZE, Value, constant, iota, when
 
 IGNORED, LIVE, INVALID = 0, 1, 2  # a sample's fate, an int32
+# Where classes are one shard of the whole, int64 indices count from its first class; these are no class of it.
+ELSEWHERE, LEFT_OUT = -1, -2
 
 
 def within(left: Value) -> Value:
@@ -22,12 +24,13 @@ class Targets(NamedTuple):
     storage: str
     classes: Value
     ignore_index: Value
+    sharded: bool = False  # whether a sample lives on whose class is ELSEWHERE, which then is its class
 
     def one(self, i: Value) -> tuple[Value, Value]:
         """Sample i's class as int64, 0 where it does not live, and its fate."""
         low, high = self._halves(self._at(i).load(storage.MEMORY[self.storage]))
         fate = self._fate(low, high)
-        return (fate == LIVE).select(low.zext(I64), 0), fate
+        return (fate == LIVE).select(low.sext(I64) if self.sharded else low.zext(I64), 0), fate
 
     def clamped(self, i: Value) -> Value:
         """Sample i's class as int64, or any where it has none."""
@@ -85,5 +88,7 @@ class Targets(NamedTuple):
             ignored = ignored & (high == (ignore >> 32).trunc(I32))
             if self._unsigned:
                 ignored = ignored & (high >= 0)
+        if self.sharded:
+            return ignored.select(Value(t.b, constant(t.type, IGNORED)), LIVE)
         live = (inside & ~ignored).select(Value(t.b, constant(t.type, LIVE)), IGNORED)
         return (inside | ignored).select(live, INVALID)

@@ -1,8 +1,9 @@
 """Any array that speaks DLPack, on the CPU or on an NVIDIA GPU: read without a copy, answered in its own library where
-that follows the array API; else by a NumPy array, or a Numba device array on a GPU."""
+that follows the array API or has `from_dlpack`; else by a NumPy array, or a Numba device array on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,13 @@ def _on_gpu(array: Any) -> View:
 
 
 def wrap(data: np.ndarray, dtype: str, like: Any) -> Any:
-    namespace = getattr(like, "__array_namespace__", None)
-    if namespace is None or dtype == "bfloat16":  # NumPy's own DLPack knows no bfloat16
+    namespace = _namespace(like)
+    if namespace is None:
         return _numpy.wrap(data, dtype, like)
-    return namespace().from_dlpack(data)
+    _require(namespace, dtype)
+    made = namespace.from_dlpack(data)
+    device = getattr(like, "device", None)  # a library may have several in the CPU's memory
+    return made if device is None or made.device == device else made.to_device(device)
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
@@ -67,9 +71,22 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
 
         return new(shape, dtype, like.__dlpack_device__()[1])
     namespace = like.__array_namespace__()
+    _require(namespace, dtype)
+    return namespace.empty(shape, dtype=getattr(namespace, dtype), device=like.device)
+
+
+def _namespace(like: Any) -> Any:
+    """What an array's library calls `from_dlpack`; None where it has none."""
+    if hasattr(like, "__array_namespace__"):
+        return like.__array_namespace__()
+    roots = (sys.modules.get(kind.__module__.partition(".")[0]) for kind in type(like).__mro__)
+    return next((root for root in roots if hasattr(root, "from_dlpack")), None)
+
+
+def _require(namespace: Any, dtype: str) -> None:
+    """A library without a dtype cannot hold the result."""
     if not hasattr(namespace, dtype):
         raise TypeError(f"{namespace.__name__} has no {dtype}, which the result would have: ask for another dtype")
-    return namespace.empty(shape, dtype=getattr(namespace, dtype), device=like.device)
 
 
 def stream(like: Any) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import DeviceMemory, View, dlpack
+from . import DeviceMemory, Engine, View, dlpack
 from . import numpy as _numpy
 from .dlpack import stream
 from .gpu import numpy_dtype
 
-__all__ = ["SYNCHRONISES", "empty", "stream", "view", "wrap"]
+__all__ = ["SYNCHRONISES", "empty", "engine", "stream", "view", "wrap"]
 
 SYNCHRONISES = True
 
@@ -29,8 +29,8 @@ _enable_x64: Any = (jax if hasattr(jax, "enable_x64") else import_module("jax.ex
 def view(array: Any, differentiable: bool = False) -> View:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
-            "the array is being traced by JAX and holds no numbers yet: call fastloss outside jax.jit, jax.grad and "
-            "jax.vmap"
+            "the array is being traced by JAX and holds no numbers yet: the loss functions and value_and_grad take "
+            "it, everything else is called outside jax.jit, jax.grad and jax.vmap"
         )
     if not hasattr(array, "devices"):
         raise TypeError(f"a {type(array).__name__} is not an array")
@@ -43,6 +43,15 @@ def view(array: Any, differentiable: bool = False) -> View:
     if isinstance(found.data, DeviceMemory):
         found = found._replace(data=replace(found.data, writable=False))  # JAX's arrays never change
     return found
+
+
+def engine(array: Any) -> Engine | None:
+    """Losses of arrays that are being traced become operations of the traced program."""
+    if not isinstance(array, jax.core.Tracer):
+        return None
+    from ..jax.rules import ENGINE
+
+    return ENGINE
 
 
 def wrap(data: np.ndarray, dtype: str, like: Any) -> Any:

@@ -28,8 +28,8 @@ def view(array: Any, differentiable: bool = False) -> View:
         raise TypeError(f"the tensor's layout is {array.layout}; call .to_dense() first")
     if array.requires_grad and torch.is_grad_enabled() and not differentiable:
         raise TypeError(
-            "the tensor requires grad, and fastloss does not record it for autograd: use fastloss.value_and_grad for "
-            "the gradient, or pass tensor.detach()"
+            "the tensor requires grad, and this function does not record it for autograd: use fastloss.torch's, or "
+            "fastloss.value_and_grad for the gradient, or pass tensor.detach()"
         )
     negated = array.is_neg()
     array = array.detach().resolve_neg()  # a copy where the sign was pending: nothing written to it would be seen

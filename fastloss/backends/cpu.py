@@ -102,7 +102,7 @@ class Task:
         self._block = [*header, *shape, *(field for record in records for field in record)]
         self._first = len(header) + len(shape)
         self._total, self.chunks = total, -(-total // per_chunk)
-        self._driver = driver_of(driver)
+        self._driver = driver_of(driver, len(records)) if template else driver_of(driver)
         self.nbytes = nbytes
         self.parallel = self.chunks > 1 and nbytes * COST.get(driver, 1) >= PARALLEL_BYTES  # whether threads pay
         self._shared = nbytes >= SHARED_BYTES
@@ -228,8 +228,8 @@ def softmax_task(
     parameters: Sequence[float],
 ) -> Task | None:
     """A row loss over `arrays`: logits, probabilities, their gradients, of shape (N, C, d1, ...); class indices,
-    upstream gradients, losses, of shape (N, d1, ...); absent ones None. `options` are SoftmaxVariant's fields from
-    `compute` to `grad_target`."""
+    upstream gradients, losses, of shape (N, d1, ...), for a shard's kernel four more; absent ones None. `options` are
+    SoftmaxVariant's fields from `compute` to `shard`."""
     samples = Samples(arrays)
     logits, grad = arrays[LOGITS], arrays[GRAD]
     if samples.total == 0 or logits is None:

@@ -12,6 +12,7 @@ The functions and modules take what torch's take, and keyword arguments of fastl
 needed is written by the kernel that computes the value. docs/torch.md says which way a call takes.
 """
 
+from ..linear import linear_cross_entropy
 from . import errors
 from .functional import (
     binary_cross_entropy,
@@ -54,6 +55,7 @@ __all__ = [
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
     "patched",

@@ -129,7 +129,7 @@ def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -
     """The reduction that torch's legacy arguments ask for, with torch's warning."""
     if size_average is None and reduce is None:
         return reduction
-    return legacy_get_string(size_average, reduce)  # type: ignore[no-any-return]
+    return legacy_get_string(size_average, reduce)
 
 
 @_drop_in(L1)

@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from . import functional
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that are not at their defaults: calls without any are recognised fastest."""
-    return {name: value for name, value in options.items() if value is not None and value != "mean"}
-
-
 class L1Loss(nn.L1Loss):
     """`fastloss.torch.l1_loss` as torch.nn.L1Loss.
 
@@ -28,7 +23,7 @@ class L1Loss(nn.L1Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        return functional.l1_loss(input, target, **_given(reduction=self.reduction))
+        return functional.l1_loss(input, target, reduction=self.reduction)
 
 
 class MSELoss(nn.MSELoss):
@@ -41,7 +36,7 @@ class MSELoss(nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        return functional.mse_loss(input, target, **_given(reduction=self.reduction))
+        return functional.mse_loss(input, target, reduction=self.reduction)
 
 
 class SmoothL1Loss(nn.SmoothL1Loss):
@@ -80,7 +75,7 @@ class BCELoss(nn.BCELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        return functional.binary_cross_entropy(input, target, **_given(weight=self.weight, reduction=self.reduction))
+        return functional.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -93,8 +88,9 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        options = _given(weight=self.weight, pos_weight=self.pos_weight, reduction=self.reduction)
-        return functional.binary_cross_entropy_with_logits(input, target, **options)
+        return functional.binary_cross_entropy_with_logits(
+            input, target, weight=self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
 
 
 class KLDivLoss(nn.KLDivLoss):
@@ -120,9 +116,9 @@ class NLLLoss(nn.NLLLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        ignore_index = None if self.ignore_index == -100 else self.ignore_index
-        options = _given(weight=self.weight, ignore_index=ignore_index, reduction=self.reduction)
-        return functional.nll_loss(input, target, **options)
+        return functional.nll_loss(
+            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -153,14 +149,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss."""
-        options = _given(
+        return functional.cross_entropy(
+            input,
+            target,
             weight=self.weight,
-            ignore_index=None if self.ignore_index == -100 else self.ignore_index,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
-            label_smoothing=self.label_smoothing or None,
-            lse_square_scale=self.lse_square_scale or None,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
             dtype=self.dtype,
             process_group=self.process_group,
         )
-        return functional.cross_entropy(input, target, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -31,20 +31,25 @@ class Spec:
     classes: bool = False  # the input is (C), (N, C) or (N, C, d1, ...): a sample is a row of it
     target_learns: bool = True  # whether the kernel has a gradient by target
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Of the function, here and in torch."""
         return self.loss.call.__name__
 
-    @property
+    @cached_property
     def options(self) -> dict[str, tuple[str, Any]]:
         """Every option: its type in a schema and its default."""
         return {**_REDUCTION, **self.own, **_DTYPE}
 
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return {name: default for name, (_, default) in self.options.items()}
+
     def given(self, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `loss` for what is not at its default."""
+        defaults = self._defaults
         found = {n: t for n, t in zip(self.tensors[2:], tensors[2:], strict=bool(tensors)) if t is not None}
-        return found | {name: value for name, value in options.items() if value != self.options[name][1]}
+        return found | {name: value for name, value in options.items() if value != defaults[name]}
 
     def by_probability(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the target holds class probabilities."""

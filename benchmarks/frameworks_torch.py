@@ -1,0 +1,117 @@
+"""fastloss.torch beside torch and beside the bare kernel: small calls, a training step's loss, and its memory.
+
+    python benchmarks/frameworks_torch.py [--rounds N]
+
+Calls are interleaved, one of each a round; medians. Bytes are those of the logits, read, and of the gradient, written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastloss
+import fastloss.torch as ft
+
+Calls = dict[str, Callable[[], object]]
+
+
+def medians(calls: Calls, rounds: int, repeats: int) -> dict[str, float]:
+    """Seconds of each call, `repeats` of them timed together."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def show(title: str, calls: Calls, rounds: int, repeats: int, unit: str, nbytes: int = 0) -> None:
+    """One table."""
+    scale = {"us": 1e6, "ms": 1e3}[unit]
+    found = medians(calls, rounds, repeats)
+    print(f"\n{title}" + (f": {nbytes / 1e6:.0f} MB" if nbytes else ""))
+    for name, seconds in found.items():
+        speed = f"{nbytes / seconds / 1e9:8.1f} GB/s" if nbytes else ""
+        print(f"  {name:<48}{seconds * scale:10.2f} {unit}{speed}")
+
+
+def batch(n: int, c: int) -> tuple[Tensor, Tensor]:
+    """Logits and labels."""
+    torch.manual_seed(0)
+    return torch.randn(n, c), torch.randint(c, (n,))
+
+
+def small(rounds: int) -> None:
+    """Calls that are all overhead."""
+    x, t = batch(32, 10)
+    theirs, ours = torch.nn.CrossEntropyLoss(), ft.CrossEntropyLoss()
+    calls: Calls = {
+        "torch.nn.functional.cross_entropy": lambda: F.cross_entropy(x, t),
+        "fastloss.torch.cross_entropy": lambda: ft.cross_entropy(x, t),
+        "torch.nn.CrossEntropyLoss()": lambda: theirs(x, t),
+        "fastloss.torch.CrossEntropyLoss()": lambda: ours(x, t),
+        "fastloss.cross_entropy, of the tensors": lambda: fastloss.cross_entropy(x, t),
+    }
+    show("cross-entropy (32, 10) float32, no gradient", calls, rounds * 20, 200, "us")
+    leaf = x.clone().requires_grad_()
+    calls = {
+        "torch": lambda: torch.autograd.grad(F.cross_entropy(leaf, t), leaf),
+        "fastloss.torch": lambda: torch.autograd.grad(ft.cross_entropy(leaf, t), leaf),
+    }
+    show("forward and backward (32, 10)", calls, rounds * 20, 100, "us")
+
+
+def step(rounds: int, n: int = 2048, c: int = 32000) -> None:
+    """Forward and backward of a language model's loss."""
+    x, t = batch(n, c)
+    leaf = x.clone().requires_grad_()
+    fused = fastloss.value_and_grad(fastloss.cross_entropy)
+
+    def backward(loss: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Callable[[], None]:
+        def call() -> None:
+            leaf.grad = None
+            (loss(leaf, t) * factor if factor != 1 else loss(leaf, t)).backward()
+
+        return call
+
+    compiled = torch.compile(ft.cross_entropy, fullgraph=True, backend="aot_eager")
+    calls: Calls = {
+        "fastloss.value_and_grad, no autograd": lambda: fused(x, t),
+        "fastloss.torch": backward(ft.cross_entropy),
+        "fastloss.torch, loss times 2": backward(ft.cross_entropy, 2.0),
+        "fastloss.torch in torch.compile(aot_eager)": backward(compiled),
+        "torch eager": backward(F.cross_entropy),
+    }
+    show(f"forward and backward ({n}, {c}) float32", calls, rounds, 1, "ms", 2 * x.nbytes)
+    leaf.grad = None
+    tracemalloc.start()
+    backward(ft.cross_entropy)()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"  memory beside the logits, at most: {peak / 1e6:.0f} MB; one gradient is {x.nbytes / 1e6:.0f} MB")
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    print(f"torch {torch.__version__}, fastloss {fastloss.__version__}, {torch.get_num_threads()} threads")
+    small(rounds)
+    step(rounds)
+
+
+if __name__ == "__main__":
+    main()
