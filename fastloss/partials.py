@@ -145,9 +145,7 @@ class _ShardCall(SoftmaxCall):
     _may_be_empty = True
 
     def __init__(self, shard: Any, target: Any, offset: int, num_classes: int | None, **options: Any) -> None:
-        super().__init__(
-            shard, target, "none", **options, lse_square_scale=0.0, dtype=None, out=None, check=None
-        )
+        super().__init__(shard, target, "none", **options, lse_square_scale=0.0, dtype=None, out=None, check=None)
         self.offset = checks.int64("offset", operator.index(offset))
         self.whole = None if num_classes is None else operator.index(num_classes)
         if self.offset < 0:

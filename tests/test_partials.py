@@ -123,8 +123,8 @@ def test_dtypes(dtype: str, rng: Rng) -> None:
 
 def test_many_shards_in_any_order(rng: Rng) -> None:
     """Empty ones among them; also so many samples that threads share them."""
-    for shape in ((33, 64), (1500, 200)):
-        row = sharded("cross_entropy", *rng.uniform(size=3), 0, 0.25, 0.25, 1)
+    for shape in ((33, 640), (700, 640)):
+        row = sharded("cross_entropy", *rng.integers(0, 9, 3) / 8, 0, 0.25, 0.25, 1)
         sample = row.draw(rng, shape)
         check(row, sample, "mean", rng)
         states = [fastloss.cross_entropy_partials(x, target, **options) for x, target, options in row.shards(sample)]
@@ -373,7 +373,6 @@ def test_a_gradient_is_asked_for_by_name() -> None:
         fastloss.cross_entropy_partials(torch.zeros(3, 10, requires_grad=True), torch.zeros(3, dtype=torch.int64))
 
 
-
 def test_arrays_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import posing_as_gpu
 
@@ -382,4 +381,4 @@ def test_arrays_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="run on the CPU only so far"):
         fastloss.cross_entropy_partials(logits, target)
     with pytest.raises(TypeError, match="different devices"):
-        fastloss.cross_entropy_partials(logits, T)
+        fastloss.cross_entropy_partials(logits, np.zeros(4, np.int64))

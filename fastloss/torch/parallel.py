@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..kernels.storage import FLOATS
@@ -119,8 +118,9 @@ class _Merged(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("with a process_group the gradient of a loss has no gradient of its own (create_graph)")
         shard, target, weight = ctx.saved_tensors
         grad = cross_entropy_partials_grad(
             shard.detach(), target, ctx.merged, weight=weight, grad_output=grad_output, **ctx.options
