@@ -86,14 +86,15 @@ def _ordinary() -> bool:
 
 
 def _evaluate(spec: Spec, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
-    if (group := options.pop("process_group", None)) is not None:
-        from .parallel import vocab_parallel_cross_entropy
-
-        return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
+    group = options.pop("process_group", None)
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device.type
     if options["dtype"] is None and device in _READ and torch.is_autocast_enabled(device) and _half(given):
         options = options | {"dtype": torch.float32}  # autocast runs losses in float32; our kernels do without a copy
+    if group is not None:
+        from .parallel import vocab_parallel_cross_entropy
+
+        return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
     wanted = _wanted(spec, tensors)
     has_kernels = set(wanted) <= set(spec.differentiable(tensors))
     if torch.compiler.is_compiling():
