@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(name)
             return of(*args, **options)
 
-        monkeypatch.setattr(function, "_plans", Plans())
+        monkeypatch.setattr(function, "plans", Plans())
         monkeypatch.setattr(function, "call", call)
     return names
 

@@ -589,7 +589,7 @@ def test_peak_memory_of_numpy(rng: Rng) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_of_torch() -> None:
     """The benchmark's own measurement, in a process of its own, on a smaller problem."""
-    n, d, c = 4096, 32, 8000
+    n, d, c = 8192, 32, 16000
     words = ["--shape", str(n), str(d), str(c), "--contender", "fastloss.linear_cross_entropy, torch"]
     command = [sys.executable, str(BENCHMARK), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
