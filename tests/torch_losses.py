@@ -28,6 +28,8 @@ def tensors(
         x, y = 0.1 + 0.8 * x, 0.1 + 0.8 * y
     if row.name == "kl_div" and not choice.get("log_target"):
         y = y + 0.1
+    if row.indices:
+        y.flat[0] = 0  # never ignored: the mean of no samples is NaN, which torch's own checks take for unequal
     options = {
         name: torch.from_numpy(value.astype(dtype)) if isinstance(value, np.ndarray) else value
         for name, value in sample.options.items()
