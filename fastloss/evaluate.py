@@ -60,6 +60,7 @@ class Job:
     by_class: bool = False
     per_sample: str | None = None  # a .npy to write
     plot: str | None = None  # a picture to write
+    scheduler: str | None = None  # of a Dask cluster, whose workers read the files and compute
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class Plan:
     """How the files fit together: shapes, which files are read by rows and which whole, rows at once."""
 
     def __init__(self, job: Job, readers: Mapping[str, Reader]) -> None:
-        self._readers = readers
+        self.readers = readers
         loss, input, target = job.loss, readers["input"], readers["target"]
+        self._loss = loss
         shape = input.shape
         # Without a batch axis there is nothing to stream: logits of one sample, or one number.
         self.single = len(shape) <= (1 if loss.over_classes else 0)
@@ -137,6 +139,10 @@ class Plan:
                 else:
                     self.whole[role] = _whole(readers[role])
 
+        self.options = dict(job.options)  # of the loss
+        if loss.weight == "class" and "weight" in self.whole:
+            self.options["weight"] = self.whole.pop("weight")
+
         self.rows = 1 if self.single else shape[0]
         self.row_bytes = sum(reader.row_bytes for reader in self.streamed.values())
         extra = 0
@@ -152,6 +158,36 @@ class Plan:
             chunk = {role: reader.read(rows) for role, reader in self.streamed.items()}
         return chunk | self.whole
 
+    def meter(self) -> Meter:
+        """A Meter of this loss, which has seen nothing."""
+        from fastloss import Meter  # late: a mistyped option is answered without it
+
+        with self.explained():
+            return Meter(self._loss.function, **self.options)
+
+    def stream(self, meter: Meter, extras: Extras, start: int, stop: int) -> Iterator[int]:
+        """Adds the rows from `start`, where the readers stand, up to `stop`, a chunk a time; gives the row reached."""
+        while True:
+            rows = min(self.step, stop - start)
+            chunk, losses = self.read(rows), extras.losses(rows)
+            with self.explained(start, rows):
+                meter.update(**chunk, per_sample=losses)
+            extras.add(losses, chunk["target"])
+            start += rows
+            yield start
+            if start >= stop:  # no rows are one empty chunk: types are checked
+                return
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What whoever opens the same files must find."""
+        return {role: (reader.shape, reader.dtype.name) for role, reader in self.readers.items()}
+
+    def skip(self, rows: int) -> None:
+        """Passes over rows of every file that is read by rows."""
+        for reader in self.streamed.values():
+            reader.skip(rows)
+
     @contextlib.contextmanager
     def explained(self, start: int = 0, rows: int = 0) -> Iterator[None]:
         """Turns the library's error about a chunk into one about the files, with rows of the files."""
@@ -164,19 +200,19 @@ class Plan:
             elif start or 0 < rows < self.rows:
                 message += f" (in rows {start} to {start + rows - 1})"
             role = message.partition(" ")[0]
-            named = [role] if role in self._readers else ["input", "target"]
-            names = ", ".join(self._readers[name].name for name in named)
+            named = [role] if role in self.readers else ["input", "target"]
+            names = ", ".join(self.readers[name].name for name in named)
             raise InputError(f"{names}: {message}") from error
 
 
 class Extras:
     """What was asked for besides the value, made of the losses of the samples as they pass."""
 
-    def __init__(self, job: Job, plan: Plan, options: Mapping[str, Any], per_sample: Output | None) -> None:
-        self.by_class = ByClass(plan.classes, options.get("weight")) if job.by_class else None
+    def __init__(self, job: Job, plan: Plan, per_sample: Output | None = None) -> None:
+        self.by_class = ByClass(plan.classes, plan.options.get("weight")) if job.by_class else None
         self.histogram = Histogram() if job.plot else None
         self._per_sample = per_sample
-        self._indices, self._ignore_index = plan.indices, options.get("ignore_index", -100)
+        self._indices, self._ignore_index = plan.indices, plan.options.get("ignore_index", -100)
         self._losses: Array | None = None
         if job.per_sample or job.by_class or job.plot:
             shape = () if plan.single else (plan.step, *plan.sample_shape[1:])
@@ -186,14 +222,14 @@ class Extras:
         """Room for the losses of a chunk, the same every time; None where nobody wants them."""
         return self._losses[:rows] if self._losses is not None and self._losses.ndim else self._losses
 
-    def add(self, losses: Array | None, target: Array) -> None:
-        """Takes in the losses of a chunk."""
+    def add(self, losses: Array | None, target: Array | None) -> None:
+        """Takes in the losses of a chunk; of its target only class indices matter."""
         if losses is None:
             return
         if self._per_sample is not None:
             self._per_sample.write(losses)
         kept = losses.reshape(-1)
-        if self._indices:
+        if self._indices and target is not None:
             index = target.reshape(-1)
             keep = index != self._ignore_index
             index, kept = index[keep], kept[keep]
@@ -203,20 +239,22 @@ class Extras:
             self.histogram.add(kept)
 
 
-def evaluate(job: Job, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Streams the files through a Meter, writes what was asked for; `progress` hears bytes done and all."""
-    from fastloss import Meter  # late: a mistyped option is answered without it
-
+@contextlib.contextmanager
+def opened(job: Job) -> Iterator[Plan]:
+    """The files of a job, open."""
     with contextlib.ExitStack() as stack:
         readers = {role: stack.enter_context(contextlib.closing(open_reader(spec))) for role, spec in job.files.items()}
-        plan = Plan(job, readers)
-        options = dict(job.options)
-        if job.loss.weight == "class" and "weight" in plan.whole:
-            options["weight"] = plan.whole.pop("weight")
-        with plan.explained():
-            meter = Meter(job.loss.function, **options)
+        yield Plan(job, readers)
 
-        inputs = [reader.path for reader in readers.values()]
+
+def evaluate(job: Job, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Streams the files through a Meter, writes what was asked for; `progress` hears bytes done and all."""
+    with contextlib.ExitStack() as stack:
+        plan = stack.enter_context(opened(job))
+        readers = plan.readers
+        meter = plan.meter()
+
+        inputs = [path for reader in readers.values() for path in reader.paths]
         outputs = {
             role: stack.enter_context(contextlib.closing(Output(path, inputs)))
             for role, path in (("per_sample", job.per_sample), ("plot", job.plot))
@@ -224,16 +262,16 @@ def evaluate(job: Job, progress: Callable[[int, int], None] = lambda done, total
         }
         if "per_sample" in outputs:
             outputs["per_sample"].write_header(plan.sample_dtype, plan.sample_shape)
-        extras = Extras(job, plan, options, outputs.get("per_sample"))
+        extras = Extras(job, plan, outputs.get("per_sample"))
 
         began = time.perf_counter()
-        for start in range(0, max(plan.rows, 1), plan.step):  # no rows are one empty chunk: types are checked
-            rows = min(plan.step, plan.rows - start)
-            chunk, losses = plan.read(rows), extras.losses(rows)
-            with plan.explained(start, rows):
-                meter.update(**chunk, per_sample=losses)
-            extras.add(losses, chunk["target"])
-            progress(plan.row_bytes * (start + rows), plan.row_bytes * plan.rows)
+        if job.scheduler is None:
+            for done in plan.stream(meter, extras, 0, plan.rows):
+                progress(plan.row_bytes * done, plan.row_bytes * plan.rows)
+        else:
+            from fastloss import cluster  # needs an extra
+
+            cluster.run(job, plan, meter, extras, progress)
         value = float(meter.compute())
         seconds = time.perf_counter() - began
 

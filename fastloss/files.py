@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
-import itertools
 import json
 import math
 import mmap
@@ -51,7 +51,7 @@ class Reader(ABC):
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file: IO[bytes] | None = None) -> None:
         self.name = name  # FILE or FILE:MEMBER
-        self.path = name  # FILE
+        self.paths = [name]  # FILE
         self.shape = shape
         self.dtype = checked_dtype(name, dtype)
         self.rows = shape[0] if shape else 1
@@ -64,6 +64,15 @@ class Reader(ABC):
     @abstractmethod
     def read(self, rows: int) -> Array:
         """The next `rows` rows, (rows, ...); the array is read-only and good until the next call."""
+
+    @abstractmethod
+    def skip(self, rows: int) -> None:
+        """Passes over the next `rows` rows."""
+
+    @property
+    def grain(self) -> int:
+        """How many rows are decoded together: who begins elsewhere than at a multiple of it decodes some in vain."""
+        return 1
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -106,6 +115,9 @@ class MappedReader(Reader):
         # safetensors packs tensors without padding, so one may lie on any byte.
         return chunk if chunk.flags.aligned else chunk.copy()
 
+    def skip(self, rows: int) -> None:
+        self._row += rows
+
 
 class ColumnReader(Reader):
     """A Fortran-ordered array: a chunk of rows is a short piece of every column, gathered into one buffer.
@@ -131,6 +143,9 @@ class ColumnReader(Reader):
         self._row += rows
         return pieces.reshape(*reversed(self.row_shape), rows).T
 
+    def skip(self, rows: int) -> None:
+        self._row += rows
+
 
 def _checked_end(reader: Reader, descriptor: int, offset: int) -> int:
     """Where the raw data of a reader that begin at `offset` end, if the file holds them all."""
@@ -144,7 +159,10 @@ def _checked_end(reader: Reader, descriptor: int, offset: int) -> int:
 
 
 class BlockReader(Reader):
-    """Rows from a decoder that hands out blocks of whatever length it likes."""
+    """Rows from a decoder that hands out blocks of whatever length it likes.
+
+    `begin(row)` is that decoder at a multiple of `grain`, where it can begin elsewhere than at the first row.
+    """
 
     def __init__(
         self,
@@ -153,12 +171,28 @@ class BlockReader(Reader):
         dtype: np.dtype[Any],
         blocks: Iterator[Array],
         file: IO[bytes] | None = None,
+        begin: Callable[[int], Iterator[Array]] | None = None,
+        grain: int = 1,
     ) -> None:
         super().__init__(name, shape, dtype, file)
-        self._blocks = blocks
+        self._blocks, self._begin, self._grain, self._row = blocks, begin, max(grain, 1), 0
         self._rest: Array = np.empty((0, *self.row_shape), self.dtype)
 
+    @property
+    def grain(self) -> int:
+        return self._grain
+
+    def skip(self, rows: int) -> None:
+        goal = self._row + rows
+        first = goal // self._grain * self._grain
+        if self._begin is not None and first > self._row:
+            self._blocks, self._rest, self._row = self._begin(first), self._rest[:0], first
+        step = max(1, BLOCK_BYTES // max(1, self.row_bytes))
+        while self._row < goal:
+            self.read(min(step, goal - self._row))
+
     def read(self, rows: int) -> Array:
+        self._row += rows
         parts = [self._rest[:rows]]
         self._rest = self._rest[rows:]
         missing = rows - len(parts[0])
@@ -176,14 +210,22 @@ class BlockReader(Reader):
 
 
 def open_reader(spec: str) -> Reader:
-    """Opens FILE or FILE:MEMBER, where the member may be left out if the file has only one."""
+    """Opens FILE or FILE:MEMBER, where the member may be left out if the file has only one.
+
+    A pattern ('logits-*.npy') opens the files that match, one after the other along the first axis.
+    """
     path, suffix, member = split_spec(spec)
-    reader = _open(path, suffix, member)
-    reader.path = path
+    if glob.has_magic(path) and not os.path.exists(path):
+        from fastloss.shards import ShardedReader
+
+        return ShardedReader(spec, path, suffix, member)
+    reader = open_one(path, suffix, member)
+    reader.paths = [path]
     return reader
 
 
-def _open(path: str, suffix: str, member: str | None) -> Reader:
+def open_one(path: str, suffix: str, member: str | None) -> Reader:
+    """The reader of one file."""
     mode = os.stat(path).st_mode
     if suffix not in OPENERS:
         raise InputError(f"{path}: unknown kind of file, expected a name that ends in {', '.join(OPENERS)}")
@@ -231,11 +273,12 @@ def checked_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def bfloat16() -> np.dtype[Any]:
     """NumPy's bfloat16, which lives in ml_dtypes."""
-    dtype: np.dtype[Any] = np.dtype(_optional("ml_dtypes").bfloat16)
+    dtype: np.dtype[Any] = np.dtype(optional("ml_dtypes").bfloat16)
     return dtype
 
 
-def _optional(module: str) -> Any:
+def optional(module: str) -> Any:
+    """A module that only some kinds of files need."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -245,7 +288,7 @@ def _optional(module: str) -> Any:
         ) from None
 
 
-def _choose(path: str, member: str | None, members: Sequence[str], what: str) -> str:
+def choose(path: str, member: str | None, members: Sequence[str], what: str) -> str:
     """The member to read: the one that was named, or the only one."""
     listed = ", ".join(members[:8]) + (", ..." if len(members) > 8 else "")
     if member is None:
@@ -289,7 +332,7 @@ def _open_npz(file: IO[bytes], path: str, member: str | None) -> Reader:
     try:
         archive = zipfile.ZipFile(file)
         names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
-        name = _choose(path, member and member.removesuffix(".npy"), names, "member")
+        name = choose(path, member and member.removesuffix(".npy"), names, "member")
         stream = archive.open(f"{name}.npy")
         label = f"{path}:{name}"
         shape, order, dtype = _npy_header(stream, label)
@@ -344,7 +387,7 @@ def _open_safetensors(file: IO[bytes], path: str, member: str | None) -> Reader:
         names = list(header)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a .safetensors file: its header is not a JSON object") from None
-    name = _choose(path, member, names, "name")
+    name = choose(path, member, names, "name")
     label = f"{path}:{name}"
     try:
         entry = header[name]
@@ -363,107 +406,13 @@ def _open_safetensors(file: IO[bytes], path: str, member: str | None) -> Reader:
     return MappedReader(file, label, 8 + length + begin, shape, dtype)
 
 
-def _open_parquet(file: IO[bytes], path: str, member: str | None) -> Reader:
-    arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
-    try:
-        # A buffered stream per column chunk: 124 MB instead of 486 MB of memory for a row group of 400 MB.
-        table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-        schema, rows = table.schema_arrow, table.metadata.num_rows
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
-    column = _choose(path, member, schema.names, "column")
-
-    def batches(step: int) -> Iterator[Any]:
-        for batch in table.iter_batches(batch_size=step, columns=[column]):
-            yield batch.column(batch.schema.get_field_index(column))
-
-    kind = schema.field(schema.names.index(column)).type
-    return _column_reader(arrow, f"{path}:{column}", kind, rows, batches, file)
-
-
-def _open_arrow(file: IO[bytes], path: str, member: str | None) -> Reader:
-    """A column of an Arrow IPC file, which is what Feather (version 2) is too."""
-    arrow, ipc = _optional("pyarrow"), _optional("pyarrow.ipc")
-    try:
-        schema = ipc.open_file(file).schema
-        column = _choose(path, member, schema.names, "column")
-        options = ipc.IpcReadOptions(included_fields=[schema.names.index(column)])
-        table = ipc.open_file(file, options=options)
-        rows = table.count_rows()
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Arrow file: {error}") from None
-
-    def batches(step: int) -> Iterator[Any]:
-        return (table.get_batch(index).column(0) for index in range(table.num_record_batches))
-
-    kind = schema.field(schema.names.index(column)).type
-    return _column_reader(arrow, f"{path}:{column}", kind, rows, batches, file)
-
-
-def _column_reader(
-    arrow: Any, name: str, kind: Any, rows: int, batches: Callable[[int], Iterator[Any]], file: IO[bytes]
-) -> Reader:
-    types = arrow.types
-    fixed = types.is_fixed_size_list(kind)
-    lists = fixed or types.is_list(kind) or types.is_large_list(kind)
-    item = kind.value_type if lists else kind
-    if not (types.is_integer(item) or types.is_floating(item) or types.is_boolean(item)):
-        raise InputError(f"{name}: is a column of {kind}, expected numbers or lists of numbers")
-    dtype = np.dtype(item.to_pandas_dtype())
-
-    width = kind.list_size if fixed else None
-    # Lists of a length not yet known are taken for 1,024 long.
-    step = BLOCK_BYTES // max(1, dtype.itemsize * (width or (1024 if lists else 1)))
-    columns = _guarded(arrow, name, batches(max(1, min(65_536, step))))
-    if lists and not fixed:  # every list must be as long as the first
-        first = next(columns, None)
-        width = 0 if first is None or not len(first) or first[0].as_py() is None else len(first[0])
-        columns = itertools.chain([] if first is None else [first], columns)
-    shape = (rows,) if width is None else (rows, width)
-    return BlockReader(name, shape, dtype, _numbers(columns, name, width, fixed), file)
-
-
-def _guarded(arrow: Any, name: str, batches: Iterator[Any]) -> Iterator[Any]:
-    row = 0
-    try:
-        for column in batches:
-            yield column
-            row += len(column)
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: corrupt after row {row}: {error}") from None
-
-
-def _numbers(columns: Iterator[Any], name: str, width: int | None, fixed: bool) -> Iterator[Array]:
-    """Arrow columns as arrays of (rows,) or (rows, width); Arrow has nulls, a loss has none."""
-    row = 0
-    for column in columns:
-        if column.null_count:
-            at = row + column.is_null().index(True).as_py()
-            raise InputError(f"{name}: null at row {at}, expected a number in every row")
-        values = column
-        if width is not None:
-            if not fixed:
-                lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-                uneven = np.flatnonzero(lengths != width)
-                if len(uneven):
-                    at = int(uneven[0])
-                    raise InputError(f"{name}: list of {lengths[at]} at row {row + at}, expected {width} as in row 0")
-            values = column.flatten()
-            if values.null_count:
-                at, element = divmod(values.is_null().index(True).as_py(), width)
-                raise InputError(f"{name}: null at row {row + at}, element {element}, expected a number")
-        numbers: Array = values.to_numpy(zero_copy_only=False)
-        yield numbers if width is None else numbers.reshape(len(column), width)
-        row += len(column)
-
-
 def _open_zarr(path: str, member: str | None) -> Reader:
     """An array of a Zarr store, read by slabs as thick as its chunks, so that none is decoded twice."""
-    zarr = _optional("zarr")
+    zarr = optional("zarr")
     try:
         node = zarr.open(path, mode="r")
         if isinstance(node, zarr.Group):
-            member = _choose(path, member, sorted(node.array_keys()), "array")
+            member = choose(path, member, sorted(node.array_keys()), "array")
             node = node[member]
         elif member is not None:
             raise InputError(f"{path}: is an array without members, expected {path}")
@@ -475,22 +424,26 @@ def _open_zarr(path: str, member: str | None) -> Reader:
         raise InputError(f"{path}: not a readable Zarr array: {error}") from None
     name = path if member is None else f"{path}:{member}"
 
-    def slabs() -> Iterator[Array]:
-        for start in range(0, shape[0] if shape else 1, step):
+    def slabs(first: int = 0) -> Iterator[Array]:
+        for start in range(first, shape[0] if shape else 1, step):
             try:
                 yield np.atleast_1d(node[start : start + step] if shape else node[()])
             except Exception as error:  # noqa: BLE001
                 raise InputError(f"{name}: corrupt after row {start}: {error}") from None
 
-    return BlockReader(name, shape, dtype, slabs())
+    return BlockReader(name, shape, dtype, slabs(), begin=slabs, grain=step)
+
+
+def _columns() -> Any:
+    return importlib.import_module("fastloss.columns")
 
 
 OPENERS: dict[str, Callable[[IO[bytes], str, str | None], Reader]] = {
     ".npy": _open_npy,
     ".npz": _open_npz,
     ".safetensors": _open_safetensors,
-    ".parquet": _open_parquet,
-    ".arrow": _open_arrow,
-    ".feather": _open_arrow,
+    ".parquet": lambda *file: _columns().open_parquet(*file),
+    ".arrow": lambda *file: _columns().open_arrow(*file),
+    ".feather": lambda *file: _columns().open_arrow(*file),
     ".zarr": lambda file, path, member: _open_zarr(path, member),
 }
