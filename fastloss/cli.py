@@ -33,6 +33,7 @@ losses: {", ".join(loss.name for loss in LOSSES)}
 INPUT, TARGET and weights are FILE or FILE:MEMBER; the member may be left out if there is only one:
   scores.npy   scores.npz:logits   scores.safetensors:logits   scores.zarr:logits
   scores.parquet:logits   scores.arrow:logits   scores.feather:logits   (numbers, or lists of one length)
+A pattern in quotes, 'scores-*.npy', is all files that match as one, along the first axis.
 Rows are read in chunks, so that files may be larger than memory. Nothing is ever unpickled.
 
 exit status: 0 done; 2 wrong input, with one line on stderr; 130 interrupted; 143 terminated
@@ -138,6 +139,10 @@ def _parser() -> Parser:
         "--chunk-mb", type=_chunk_bytes, default=64 << 20, metavar="MB", dest="chunk_bytes",
         help="megabytes in memory at once (64); one row always fits",
     )  # fmt: skip
+    group.add_argument(
+        "--scheduler", metavar="ADDRESS",
+        help="compute on a Dask cluster (tcp://HOST:8786), whose workers must see the files under the same names",
+    )  # fmt: skip
 
     command = commands.add_parser(
         "warmup",
@@ -198,6 +203,7 @@ def _job(args: argparse.Namespace) -> Job:
         by_class=args.by_class,
         per_sample=args.per_sample,
         plot=args.plot,
+        scheduler=args.scheduler,
     )
 
 

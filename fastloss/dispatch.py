@@ -16,6 +16,7 @@ ADAPTERS: dict[str, str] = {
     "ml_dtypes": "fastloss.arrays.numpy",
     "torch": "fastloss.arrays.torch",
     "cupy": "fastloss.arrays.cupy",
+    "dask": "fastloss.arrays.dask",
     "jax": "fastloss.arrays.jax",  # tracers
     "jaxlib": "fastloss.arrays.jax",  # arrays
     "numba": "fastloss.arrays.numba_cuda",

@@ -42,8 +42,23 @@ def parameters_are_the_same(printed: str, folder: Path) -> None:
     assert min(right) > 95
 
 
+def mean_is_the_oracles(printed: str, folder: Path) -> None:
+    """Over all labelled samples of all shards, in float64 by NumPy alone; and the samples that cost most."""
+    paths = sorted(folder.glob("logits-*.npy"))
+    x = np.concatenate([np.load(path) for path in paths]).astype(np.float64)
+    t = np.concatenate([np.load(path.with_name(path.name.replace("logits", "target"))) for path in paths])
+    kept = t != -100
+    losses = np.where(kept, np.log(np.exp(x).sum(1)) - x[np.arange(len(t)), np.where(kept, t, 0)], 0)
+    mean, worst = re.search(r"mean loss +([\d.]+)", printed), re.search(r"worst ten +([\d, ]+)", printed)
+    assert mean is not None
+    assert worst is not None
+    assert float(mean[1]) == pytest.approx(losses[kept].mean(), rel=1e-6)
+    assert [int(k) for k in worst[1].split(",")] == np.argsort(-losses)[:10].tolist()
+
+
 # example -> its arguments ("{}": an empty folder), and what is checked of its output and that folder
 RUNS: dict[str, tuple[list[str], Callable[[str, Path], None]]] = {
+    "evaluate_sharded.py": (["--folder", "{}"], mean_is_the_oracles),
     "perplexity.py": (["--folder", "{}"], perplexity_is_the_oracles),
     "train_digits.py": ([], parameters_are_the_same),
 }
