@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastloss.evaluate import Array, Extras, Job, Plan, opened
+from fastloss.extras import needed
 from fastloss.files import InputError
 
 if TYPE_CHECKING:
@@ -124,10 +125,8 @@ def _in_order(client: Any, tasks: list[Any], heard: Callable[[Part], None]) -> I
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """A client of the scheduler at that address."""
-    try:
+    with needed("distributed", by="--scheduler", extra="dask", error=InputError):
         import distributed
-    except ImportError:
-        raise InputError('--scheduler needs Dask, which is not installed: pip install "fastloss[dask]"') from None
     logging.getLogger("distributed").handlers = [logging.NullHandler()]  # an error is one line, and ours
     try:
         distributed.comm.get_address_host_port(address)  # a client would try even what is no address

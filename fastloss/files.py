@@ -22,6 +22,8 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastloss.extras import needed
+
 Array = npt.NDArray[Any]
 Order = Literal["C", "F"]
 
@@ -279,13 +281,8 @@ def bfloat16() -> np.dtype[Any]:
 
 def optional(module: str) -> Any:
     """A module that only some kinds of files need."""
-    try:
+    with needed(module.partition(".")[0], by="this kind of file", extra="files", error=InputError):
         return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise InputError(
-            f"this kind of file needs {package}, which is not installed: pip install 'fastloss[files]'"
-        ) from None
 
 
 def choose(path: str, member: str | None, members: Sequence[str], what: str) -> str:

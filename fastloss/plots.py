@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from fastloss.extras import needed
 from fastloss.files import InputError
 
 if TYPE_CHECKING:
@@ -103,10 +104,8 @@ def check_plot_name(path: str) -> None:
 
 
 def _figure_class() -> Any:
-    try:
+    with needed("matplotlib", by="--plot", extra="plots", error=InputError):
         return importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib, which is not installed: pip install 'fastloss[plots]'") from None
 
 
 def draw(report: Report, file: BinaryIO, kind: str) -> None:

@@ -88,7 +88,7 @@ class _Words:
 DATA, NDIM, SHAPE, STRIDES, DTYPE = (OBJECT + 8 * k for k in (0, 1, 2, 3, 5))
 
 
-def _call(function: Value, arguments: Sequence[Value], returns: ir.Type) -> Value:
+def call(function: Value, arguments: Sequence[Value], returns: ir.Type) -> Value:
     """Call the C function at an address."""
     b = function.b
     type_ = ir.FunctionType(returns, [argument.type for argument in arguments])
@@ -168,7 +168,7 @@ def _entry(self: Value, args: Value, nargs: Value) -> Value:
 
     # of this call's own: rows of sums, each a cache line, and copies of block and parameters
     words = chunks * len(SUMS) + block_words + parameters + len(SUMS)
-    memory = _call(entry.allocate, [words, full(b, I64, 1, 8)], I64)
+    memory = call(entry.allocate, [words, full(b, I64, 1, 8)], I64)
     sums = (memory + (ROW - 1)) & -ROW
     own_block = sums + chunks * ROW
     own_parameters = own_block + block_words * 8
@@ -205,7 +205,7 @@ def _entry(self: Value, args: Value, nargs: Value) -> Value:
 
         def number() -> list[Value]:
             return when(
-                kind == 0, lambda: [_call(entry.as_address, [operand], I64), zero], lambda: [zero, zero + 1]
+                kind == 0, lambda: [call(entry.as_address, [operand], I64), zero], lambda: [zero, zero + 1]
             )
 
         address, other = when((operand + (OBJECT - 8)).load(I64) == entry.arrays, array, number)
@@ -242,26 +242,26 @@ def _entry(self: Value, args: Value, nargs: Value) -> Value:
         return [counted]
 
     def run() -> list[Value]:
-        (thread,) = when(entry.shared == 1, lambda: [_call(entry.release, [], I64)], lambda: [zero])
+        (thread,) = when(entry.shared == 1, lambda: [call(entry.release, [], I64)], lambda: [zero])
 
         def serial() -> None:
             driver = entry.driver
 
             def one(chunk: Value) -> None:
-                _call(driver, [own_block, chunk], ir.VoidType())
+                call(driver, [own_block, chunk], ir.VoidType())
 
             loop(zero, chunks, 1, [], one)
 
         when(
             entry.runner == 0,
             serial,
-            lambda: [_call(entry.runner, [entry.driver, own_block, chunks], ir.VoidType())][:0],
+            lambda: [call(entry.runner, [entry.driver, own_block, chunks], ir.VoidType())][:0],
         )
         # one row is the result as it stands: adding it to zeros would lose the sign of -0
         when(chunks > 1, lambda: add_rows(sums, chunks, sums, len(SUMS)))
-        when(entry.shared == 1, lambda: [_call(entry.acquire, [thread], ir.VoidType())][:0])
+        when(entry.shared == 1, lambda: [call(entry.acquire, [thread], ir.VoidType())][:0])
         return when(
-            entry.reduction == RAW, lambda: [_call(entry.bytes, [sums, full(b, I64, 1, ROW)], I64)], number
+            entry.reduction == RAW, lambda: [call(entry.bytes, [sums, full(b, I64, 1, ROW)], I64)], number
         )
 
     def number() -> list[Value]:
@@ -273,18 +273,18 @@ def _entry(self: Value, args: Value, nargs: Value) -> Value:
         def scalar() -> list[Value]:
             sums.store(value)
             when(entry.single == 1, lambda: sums.store(value.to(F32)))
-            return [_call(entry.scalar, [sums, entry.dtype, zero], I64)]
+            return [call(entry.scalar, [sums, entry.dtype, zero], I64)]
 
-        return when(entry.dtype == 0, lambda: [_call(entry.float, [value], I64)], scalar)
+        return when(entry.dtype == 0, lambda: [call(entry.float, [value], I64)], scalar)
 
     def nothing() -> list[Value]:
-        _call(entry.retain, [entry.none], ir.VoidType())
+        call(entry.retain, [entry.none], ir.VoidType())
         return [entry.none]
 
     usable = (memory != 0) & (nargs == entry.operands)
     (ready,) = when(usable, prepare, lambda: [full(b, I1, 1, 0)])
     (result,) = when(ready, run, nothing)
-    _call(entry.free, [memory], ir.VoidType())
+    call(entry.free, [memory], ir.VoidType())
     return result
 
 

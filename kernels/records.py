@@ -31,7 +31,7 @@ ADDRESS, ITEMSIZE, DIRECT, SWAP, CLASS_STEP, STRIDES = range(6)
 
 # a row loss's records, in order; the first four have a class dimension, those after LOSSES are a shard's
 LOGITS, PROBABILITIES, GRAD, GRAD_TARGET, INDEX, UPSTREAM, LOSSES, PULL, MERGED, LSE, MASS = range(11)
-N_CLASSY, N_RECORDS, N_SHARD_RECORDS = 4, 7, 11
+N_CLASSY, N_RECORDS = 4, 7
 
 # What a call of a row loss's kernel passes, all 64 bits wide: addresses of the first sample's first class, the bytes
 # from class to class and from sample to sample; what each sample has one of; class weights; how many samples make a

@@ -241,7 +241,7 @@ def _emit_handler(frame: Value, environment: Value) -> Value:
     def advise(data: Value, nbytes: Value) -> None:
         start = (data + (PAGE - 1)) & -PAGE
         length = data + nbytes - start
-        entry._call(_field(environment, Environment._fields, "advise"), [start, length, zero + HUGEPAGE], I32)
+        entry.call(_field(environment, Environment._fields, "advise"), [start, length, zero + HUGEPAGE], I32)
 
     def run(site: Value) -> list[Value]:
         state, operands, batch, out, itemsize = (_field(site, Known._fields, name) for name in Known._fields)
@@ -260,7 +260,7 @@ def _emit_handler(frame: Value, environment: Value) -> Value:
                 (pointers + 8 * k).store(made)
 
             loop(zero, operands, 1, [], place)
-            found = entry._call(_field(environment, Environment._fields, "entry"), [state, pointers, operands], I64)
+            found = entry.call(_field(environment, Environment._fields, "entry"), [state, pointers, operands], I64)
 
             def write() -> None:
                 buffer = (results + 8 * out).load(I64)
@@ -276,7 +276,7 @@ def _emit_handler(frame: Value, environment: Value) -> Value:
         site = find()
         (done,) = when(site != 0, lambda: run(site), lambda: [full(b, I1, 1, 0)])
         python = _field(environment, Environment._fields, "python")
-        return when(done, lambda: [zero], lambda: [entry._call(python, [frame], I64)])
+        return when(done, lambda: [zero], lambda: [entry.call(python, [frame], I64)])
 
     def of_metadata() -> list[Value]:
         return [(extension + Extension.type.offset).load(I32) == _METADATA]
@@ -312,6 +312,6 @@ def handler(environment: int) -> int:
 
     def with_environment(frame: Value) -> Value:
         b = frame.b
-        return entry._call(Value(b, I64(general)), [frame, Value(b, I64(environment))], I64)
+        return entry.call(Value(b, I64(general)), [frame, Value(b, I64(environment))], I64)
 
     return compiler.compile_function(with_environment, 1, None)  # of this process only

@@ -315,7 +315,7 @@ def test_output_replaces_and_has_ordinary_rights(folder: Path, capsys: pytest.Ca
 def test_without_matplotlib(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = run("evaluate", *CE.split(), "--plot", "p.png", capture=capsys)
-    line = "fastloss: error: --plot needs matplotlib, which is not installed: pip install 'fastloss[plots]'\n"
+    line = 'fastloss: error: --plot needs matplotlib, which is not installed: pip install "fastloss[plots]"\n'
     assert (status, err) == (2, line)
 
 

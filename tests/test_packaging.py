@@ -18,7 +18,8 @@ import pytest
 import fastloss
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"numba", "llvmlite", "torch", "jax", "cupy", "dask", "pyarrow", "safetensors", "zarr", "matplotlib"}
+OPTIONAL = {"torch", "jax", "cupy", "dask", "distributed", "pyarrow", "safetensors", "zarr", "matplotlib"}
+HEAVY = OPTIONAL | {"numba", "llvmlite"}
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "fastloss" / "kernels" / "__init__.py").exists(), reason="not a checkout with its link"
@@ -141,3 +142,38 @@ def test_import_loads_no_array_library_but_numpy(tmp_path: Path) -> None:
     print(f"import fastloss: {1e3 * cost:.1f} ms beyond NumPy")
     assert not HEAVY & set(loaded)
     assert {"numpy", "fastloss"} <= set(loaded)
+
+
+MISSING = {"torch": "torch", "jax": "jax"}  # module of fastloss -> the extra that brings its library
+
+
+@pytest.mark.parametrize("module", MISSING)
+def test_a_missing_library_is_named_with_its_extra(module: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules[{module!r}] = None; import fastloss.{module}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    expected = f'fastloss.{module} needs {module}, which is not installed: pip install "fastloss[{MISSING[module]}]"'
+    assert last == f"ModuleNotFoundError: {expected}"
+
+
+def test_everything_else_works_without_optional_libraries(tmp_path: Path) -> None:
+    """With NumPy, Numba and llvmlite alone: values, gradients, a Meter, shards, the command on .npy files."""
+    script = f"""if True:
+        import sys
+        sys.modules |= dict.fromkeys({sorted(OPTIONAL | {"ml_dtypes", "tqdm"})!r})
+        import numpy as np
+        import fastloss
+        from fastloss.cli import main
+        x, t = np.array([[0.0, 0.0]]), np.array([1])
+        value, grad = fastloss.value_and_grad(fastloss.cross_entropy)(x, t)
+        meter = fastloss.Meter("cross_entropy")
+        meter.update(x, t)
+        shard = fastloss.cross_entropy_partials(x, t, num_classes=2)
+        linear = fastloss.linear_cross_entropy(x, np.zeros((2, 2)), t)
+        np.testing.assert_allclose([value, meter.compute(), shard.finish(), linear], np.log(2))
+        np.testing.assert_allclose(grad, [[0.5, -0.5]])
+        np.save("x.npy", x)
+        np.save("t.npy", t)
+        sys.exit(main(["evaluate", "cross-entropy", "x.npy", "t.npy"]))
+    """
+    assert "0.69314" in run_python("-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))

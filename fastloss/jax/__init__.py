@@ -21,18 +21,21 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-import jax
-
 from .. import losses
+from ..extras import needed
 from ..losses import Loss
-from . import ffi
-from .optax import (
-    sigmoid_binary_cross_entropy,
-    softmax_cross_entropy,
-    softmax_cross_entropy_with_integer_labels,
-)
-from .rules import ENGINE
-from .sites import ARRAYS, as_jax
+
+with needed("jax", by="fastloss.jax", extra="jax"):
+    import jax
+
+    from . import ffi
+    from .optax import (
+        sigmoid_binary_cross_entropy,
+        softmax_cross_entropy,
+        softmax_cross_entropy_with_integer_labels,
+    )
+    from .rules import ENGINE
+    from .sites import ARRAYS, as_jax
 
 P = ParamSpec("P")
 

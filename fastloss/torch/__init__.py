@@ -12,31 +12,34 @@ The functions and modules take what torch's take, and keyword arguments of fastl
 needed is written by the kernel that computes the value. docs/torch.md says which way a call takes.
 """
 
-from ..linear import linear_cross_entropy
-from . import errors
-from .functional import (
-    binary_cross_entropy,
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    huber_loss,
-    kl_div,
-    l1_loss,
-    mse_loss,
-    nll_loss,
-    smooth_l1_loss,
-)
-from .modules import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MSELoss,
-    NLLLoss,
-    SmoothL1Loss,
-)
-from .patch import patched
+from ..extras import needed
+
+with needed("torch", by="fastloss.torch", extra="torch"):
+    from ..linear import linear_cross_entropy
+    from . import errors
+    from .functional import (
+        binary_cross_entropy,
+        binary_cross_entropy_with_logits,
+        cross_entropy,
+        huber_loss,
+        kl_div,
+        l1_loss,
+        mse_loss,
+        nll_loss,
+        smooth_l1_loss,
+    )
+    from .modules import (
+        BCELoss,
+        BCEWithLogitsLoss,
+        CrossEntropyLoss,
+        HuberLoss,
+        KLDivLoss,
+        L1Loss,
+        MSELoss,
+        NLLLoss,
+        SmoothL1Loss,
+    )
+    from .patch import patched
 
 __all__ = [
     "BCELoss",

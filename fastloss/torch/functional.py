@@ -94,7 +94,8 @@ def _evaluate(spec: Spec, tensors: Sequence[Tensor | None], options: dict[str, A
     if group is not None:
         from .parallel import vocab_parallel_cross_entropy
 
-        return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
+        with translated():
+            return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
     wanted = _wanted(spec, tensors)
     has_kernels = set(wanted) <= set(spec.differentiable(tensors))
     if torch.compiler.is_compiling():
