@@ -114,6 +114,6 @@ def _search(array: Any) -> str:
             return adapter
     raise TypeError(
         f"{kind.__module__}.{kind.__qualname__} is not an array that fastloss reads: it takes NumPy, CuPy, JAX, Dask "
-        "and Numba device arrays, torch tensors, lists of numbers, anything with __cuda_array_interface__ or __dlpack__, "
-        "and types registered under the entry point fastloss.arrays"
+        "and Numba device arrays, torch tensors, lists of numbers, anything with __cuda_array_interface__ or "
+        "__dlpack__, and types registered under the entry point fastloss.arrays"
     )
