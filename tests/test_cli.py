@@ -433,8 +433,9 @@ def test_signal(number: signal.Signals, status: int, folder: Path) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + 800_000_000)
     before = set(os.listdir())
-    # a shell that starts pytest in the background has it ignore SIGINT, and that is inherited
-    code = PREPARED.format("signal.signal(signal.SIGINT, signal.default_int_handler)")
+    # a shell that starts pytest in the background has it ignore SIGINT, nohup SIGHUP, and that is inherited
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = PREPARED.format(heard)
     words = ["evaluate", "mse", "x.npy", "x.npy", "--chunk-mb", ONE_ROW, "--per-sample", "out.npy"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     try:

@@ -187,6 +187,8 @@ def test_an_interrupt_ends_all_of_its_processes(tmp_path: Path) -> None:
     command = subprocess.Popen(
         [sys.executable, "-m", "fastloss", "warmup", "--jobs", "2"],
         env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # a shell that starts pytest in the background has it ignore SIGINT, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert command.stdout is not None
     command.stdout.readline()
