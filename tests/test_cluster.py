@@ -244,7 +244,7 @@ def test_without_dask(
     assert run(*words, capture=capsys) == (
         2,
         "",
-        'fastloss: error: --scheduler needs Dask, which is not installed: pip install "fastloss[dask]"\n',
+        'fastloss: error: --scheduler needs distributed, which is not installed: pip install "fastloss[dask]"\n',
     )
 
 

@@ -403,7 +403,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write_parquet(tmp_path, np.zeros(3))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"needs pyarrow, .* pip install 'fastloss\[files\]'"):
+    with pytest.raises(InputError, match=r'needs pyarrow, .* pip install "fastloss\[files\]"'):
         open_reader(spec)
 
 

@@ -183,12 +183,19 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         warmup.compiled_kernels()
 
 
+# A shell that starts pytest in the background has it ignore SIGINT, and that is inherited.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fastloss import cli
+sys.exit(cli.main())
+"""
+
+
 def test_an_interrupt_ends_all_of_its_processes(tmp_path: Path) -> None:
     command = subprocess.Popen(
-        [sys.executable, "-m", "fastloss", "warmup", "--jobs", "2"],
+        [sys.executable, "-c", INTERRUPTIBLE, "warmup", "--jobs", "2"],
         env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # a shell that starts pytest in the background has it ignore SIGINT, and that is inherited
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert command.stdout is not None
     command.stdout.readline()

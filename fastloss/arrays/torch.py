@@ -69,7 +69,7 @@ def stream(like: Any) -> int:
 
 
 def key(array: Any) -> Hashable | None:
-    if array.requires_grad or array.is_neg() or array.layout is not torch.strided:
+    if (array.requires_grad and torch.is_grad_enabled()) or array.is_neg() or array.layout is not torch.strided:
         return None
     if array.is_cpu:
         return array.dtype, array.shape, array.stride()

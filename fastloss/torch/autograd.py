@@ -24,16 +24,11 @@ class Fused(torch.autograd.Function):
         """The loss; `wanted` names the arguments that a gradient is wanted for."""
         ctx.spec, ctx.options, ctx.wanted, ctx.grads = spec, options, wanted, None
         ctx.save_for_backward(*tensors)
-        input, target, *rest = gradients.detached(tensors)
-        given = spec.given((input, target, *rest), options)
-        late = options["reduction"] == "none" or any(
-            tensor is not None and tensor.dtype is torch.float16
-            for name, tensor in zip(spec.tensors, tensors, strict=True)
-            if name in wanted
-        )
-        if late:
-            return spec.loss(input, target, **given)
-        value, ctx.grads = spec.fused(wanted)(input, target, **given)
+        given = spec.given(tensors, options)  # autograd records nothing in here
+        dtypes = [t.dtype for name, t in zip(spec.tensors, tensors, strict=True) if t is not None and name in wanted]
+        if options["reduction"] == "none" or torch.float16 in dtypes:
+            return spec.loss(*tensors[:2], **given)
+        value, ctx.grads = spec.fused(wanted)(*tensors[:2], **given)
         return value
 
     @staticmethod

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from .. import checks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class LossValueError(ValueError, RuntimeError):
@@ -23,15 +27,19 @@ class LossTypeError(TypeError, RuntimeError):
 _TORCH = {checks.DomainError: LossDomainError, ValueError: LossValueError, TypeError: LossTypeError}
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Raise fastloss's errors as torch's too. An index that is no class is an IndexError in both."""
-    try:
-        yield
-    except tuple(_TORCH) as error:
-        kind = next((kind for base, kind in _TORCH.items() if type(error) is base), None)
-        if kind is None:
-            raise
-        own = kind(*error.args)
-        vars(own).update(vars(error))
-        raise own from error.__cause__
+def translated(function: Callable[P, T]) -> Callable[P, T]:
+    """Raises fastloss's errors as torch's too. An index that is no class is an IndexError in both."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except tuple(_TORCH) as error:
+            kind = next((kind for base, kind in _TORCH.items() if type(error) is base), None)
+            if kind is None:
+                raise
+            own = kind(*error.args)
+            vars(own).update(vars(error))
+            raise own from error.__cause__
+
+    return call

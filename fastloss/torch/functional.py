@@ -63,6 +63,11 @@ def _drop_in(spec: Spec) -> Callable[[Callable[P, Arguments]], Callable[P, Tenso
             if has_torch_function(given):
                 found: Tensor = handle_torch_function(function, given, *args, **kwargs)
                 return found
+            options = _autocast(tensors, options)
+            if (group := options.pop("process_group", None)) is not None:
+                return _vocab_parallel(group, tensors, options)
+            if _compiling():
+                return _traced(spec, tensors, options)
             value = _evaluate(spec, tensors, options)
             if key is not None:  # the library knows its plan by the arguments that are not at their defaults
                 plans.keep(key, plans.find(plans.key(args[:2], spec.given(tensors, options))))
@@ -85,41 +90,56 @@ def _ordinary() -> bool:
     )
 
 
+@translated
 def _evaluate(spec: Spec, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
-    group = options.pop("process_group", None)
+    """A call that is not being compiled."""
+    wanted = _wanted(spec, tensors)
+    has_kernels = not wanted or set(wanted) <= set(spec.differentiable(tensors))
+    if not has_kernels or _transforms_active() or forward_ad._current_level >= 0:
+        spec.loss.call(None, None, **spec.given((), options))  # options are checked as anywhere
+        return spec.composite(*tensors, **options)
+    if _dispatch_modes() or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors):
+        return ops.call(spec, tensors, options)
+    found: Tensor
+    if wanted:
+        found = Fused.apply(spec, options, wanted, *tensors)
+    else:
+        found = spec.loss(*tensors[:2], **spec.given(tensors, options))
+    return found
+
+
+def _traced(spec: Spec, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """A call that torch.compile sees."""
+    if set(_wanted(spec, tensors)) <= set(spec.differentiable(tensors)):
+        return ops.call(spec, tensors, options)
+    return spec.composite(*tensors, **options)
+
+
+@translated
+def _vocab_parallel(group: Any, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """Cross-entropy of logits whose classes are spread over the ranks of the group."""
+    from .parallel import vocab_parallel_cross_entropy
+
+    return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
+
+
+def _autocast(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> dict[str, Any]:
+    """Autocast runs losses in float32; our kernels do so without a copy."""
+    if not _autocasts() or options["dtype"] is not None:
+        return options
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device.type
-    if options["dtype"] is None and device in _READ and torch.is_autocast_enabled(device) and _half(given):
-        options = options | {"dtype": torch.float32}  # autocast runs losses in float32; our kernels do without a copy
-    if group is not None:
-        from .parallel import vocab_parallel_cross_entropy
-
-        with translated():
-            return vocab_parallel_cross_entropy(*tensors, process_group=group, **options)
-    wanted = _wanted(spec, tensors)
-    has_kernels = set(wanted) <= set(spec.differentiable(tensors))
-    if torch.compiler.is_compiling():
-        return ops.call(spec, tensors, options) if has_kernels else spec.composite(*tensors, **options)
-    with translated():
-        if not has_kernels or _transforms_active() or forward_ad._current_level >= 0:
-            spec.loss.call(None, None, **spec.given((), options))  # options are checked as anywhere
-            return spec.composite(*tensors, **options)
-        if _dispatch_modes() or any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in given):
-            return ops.call(spec, tensors, options)
-        if wanted:
-            return Fused.apply(spec, options, wanted, *tensors)
-        input, target, *_ = tensors
-        found: Tensor = spec.loss(input, target, **spec.given(tensors, options))
-        return found
+    if device in _READ and torch.is_autocast_enabled(device) and _half(given):
+        return options | {"dtype": torch.float32}
+    return options
 
 
 def _wanted(spec: Spec, tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
     """The arguments that a gradient is wanted for."""
     if not torch.is_grad_enabled():
         return ()
-    return tuple(
-        name for name, tensor in zip(spec.tensors, tensors, strict=True) if tensor is not None and tensor.requires_grad
-    )
+    pairs = zip(spec.tensors, tensors, strict=True)
+    return tuple([name for name, tensor in pairs if tensor is not None and tensor.requires_grad])
 
 
 def _half(tensors: Sequence[Tensor]) -> bool:

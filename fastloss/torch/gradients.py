@@ -49,6 +49,6 @@ def scaled(grads: Sequence[Tensor], grad_output: Tensor, keep: bool) -> list[Ten
     """Gradients times a number, which mostly is 1: in their own memory, unless that is to be kept."""
     if keep:
         return [grad * grad_output for grad in grads]
-    if grad_output.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and grad_output.item() == 1:
+    if grad_output.is_cpu and not torch._C._are_functorch_transforms_active() and grad_output.item() == 1:
         return list(grads)
     return [grad.mul_(grad_output) for grad in grads]

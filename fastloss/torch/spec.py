@@ -48,8 +48,13 @@ class Spec:
     def given(self, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of `loss` for what is not at its default."""
         defaults = self._defaults
-        found = {n: t for n, t in zip(self.tensors[2:], tensors[2:], strict=bool(tensors)) if t is not None}
-        return found | {name: value for name, value in options.items() if value != defaults[name]}
+        found: dict[str, Any] = {}
+        if options != defaults:
+            found = {name: value for name, value in options.items() if value != defaults[name]}
+        for name, tensor in zip(self.tensors[2:], tensors[2:], strict=bool(tensors)):
+            if tensor is not None:
+                found[name] = tensor
+        return found
 
     def by_probability(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the target holds class probabilities."""
