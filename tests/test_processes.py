@@ -3,6 +3,7 @@
 The file is also the script that its tests run in fresh processes: `python test_processes.py SCENARIO`.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 
 import fastloss
 import reference
+from fastloss.backends import entry
 
 HERE = Path(__file__).resolve()
 ROOT = Path(fastloss.__file__).resolve().parents[1]
@@ -241,6 +244,23 @@ def test_set_num_threads_changes_no_bits() -> None:
     for bad in (0, -1, 10_000):
         with pytest.raises(ValueError, match="thread"):
             fastloss.set_num_threads(bad)
+
+
+def test_entries_of_threads_that_meet_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads whose first calls meet each define what their functions point at; no definition is freed under them."""
+    barrier = threading.Barrier(2)
+    machine_code = entry.address
+
+    def meet() -> int:
+        barrier.wait()
+        return machine_code()
+
+    monkeypatch.setattr(entry, "address", meet)
+    entry._definition.cache_clear()
+    with ThreadPoolExecutor(2) as threads:
+        found = {*threads.map(lambda _: entry._definition(), range(2))}
+    assert len(found) == 2
+    assert found <= {ctypes.addressof(definition) for definition in entry._definitions}
 
 
 # ---- the disk cache

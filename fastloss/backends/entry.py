@@ -29,9 +29,15 @@ class _MethodDef(ctypes.Structure):
     )
 
 
+_definitions: list[_MethodDef] = []  # built-in functions point at them and do not keep them
+
+
 @cache
-def _definition() -> _MethodDef:
-    return _MethodDef(b"entry", address(), _FASTCALL, None)
+def _definition() -> int:
+    """The address of the definition of entries; threads whose first calls meet make one each."""
+    definition = _MethodDef(b"entry", address(), _FASTCALL, None)
+    _definitions.append(definition)
+    return ctypes.addressof(definition)
 
 
 @cache
@@ -71,5 +77,5 @@ def function(entry: Entry, words: Sequence[Any]) -> Callable[..., Any]:
     state = np.concatenate([np.array(part, np.int64) for part in (entry, *words)])
     new = ctypes.pythonapi.PyCFunction_NewEx
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
-    made: Callable[..., Any] = new(ctypes.addressof(_definition()), state, None)  # which keeps the state
+    made: Callable[..., Any] = new(_definition(), state, None)  # which keeps the state
     return made
