@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 import tokenize
 import warnings
 import zipfile
@@ -42,6 +43,11 @@ SAFETENSORS_DTYPES = {
     "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
     "U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
 }  # fmt: skip
+
+
+# NumPy reads a header with `ast.literal_eval`, which fails when two threads of CPython 3.11 build a tree at once
+# (python/cpython#106905); `warnings.catch_warnings` changes the filters of every thread too.
+_header_lock = threading.Lock()
 
 
 class InputError(Exception):
@@ -309,7 +315,7 @@ def _npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], Order, n
         version = np.lib.format.read_magic(stream)
         if version not in headers:
             raise ValueError(f"version {version} is not 1.0 or 2.0")
-        with warnings.catch_warnings():
+        with _header_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a header of Python 2 is as good
             shape, fortran, dtype = headers[version](stream)
         if any(size < 0 for size in shape):

@@ -470,6 +470,30 @@ def test_memory_is_bounded_by_the_chunk(kind: str, tmp_path: Path) -> None:
     assert int(megabytes) < 48
 
 
+# A collector that runs Python code often lets threads take turns where they otherwise hardly would: within NumPy's
+# reading of a header.
+MANY_THREADS = """
+import gc, sys, threading, warnings
+from concurrent.futures import ThreadPoolExecutor
+from fastloss.files import open_reader
+
+filters = list(warnings.filters)
+sys.setswitchinterval(1e-6)
+gc.callbacks.append(lambda *_: sum(range(200)))
+gc.set_threshold(5)
+with ThreadPoolExecutor(4) as pool:
+    for reader in pool.map(lambda _: open_reader(sys.argv[1]), range(400)):
+        reader.close()
+assert warnings.filters == filters
+"""
+
+
+def test_many_threads_open_files(tmp_path: Path) -> None:
+    """Workers of a cluster do: CPython 3.11's parser fails, and filters of warnings are lost, when they meet."""
+    spec = write_npy(tmp_path, np.zeros((5, 2), "float32"))
+    subprocess.run([sys.executable, "-c", MANY_THREADS, spec], check=True)
+
+
 def test_files_are_closed(tmp_path: Path) -> None:
     """An unclosed file would be a ResourceWarning, which pytest makes an error."""
     for write in ALL:
