@@ -13,7 +13,7 @@ from .arrays import View
 from .backends import cpu
 from .backends.layout import as_floats
 from .call import Call, Result, Shape
-from .kernels.pointwise import SUMS, Pointwise
+from .kernels.pointwise import SUMS, Pointwise, PointwiseVariant
 from .reductions import Sums, to_memory
 
 if TYPE_CHECKING:
@@ -109,15 +109,15 @@ class PointwiseCall(Call):
         return arguments | ({"target": (self.y, self.target)} if self.loss.grad_target else {})
 
     def run(self, losses: View | None, careful: bool) -> Sums:
-        if careful and self.loss.valid:
-            self._launch(None, {})  # raises before anything is written
+        if careful:
+            self._check()
         return self._launch(losses, {})
 
     def run_gradients(self, losses: View | None, grads: dict[str, Result], upstream: Any) -> Sums:
         none = self.reduction == "none"
         factor = 1.0 if none else upstream * self.scale(self._weight_sum(), self.samples, self.rows)
-        if self.loss.valid and (self.out is not None or any(grad.given is not None for grad in grads.values())):
-            self._launch(None, {})
+        if self.out is not None or any(grad.given is not None for grad in grads.values()):
+            self._check()
         # where an argument was broadcast, its gradient is the sum over what it was broadcast to
         sinks = {
             name: View(grad.data, grad.dtype)
@@ -144,6 +144,19 @@ class PointwiseCall(Call):
             return float(self.samples)
         return float(np.broadcast_to(as_floats(self.w), self.shape).sum(dtype=np.float64))
 
+    @property
+    def _compute(self) -> str:
+        """The dtype that kernels compute in."""
+        return "float64" if self.loss.wide or self._result_dtype == "float64" else "float32"
+
+    def _check(self) -> None:
+        """Raise for what lies outside the loss's domain, before anything is written."""
+        if self.loss.valid:
+            pair = (self.x, self.y)
+            dtypes = tuple(view.dtype for view in pair)
+            variant = cpu.pointwise_variant(self.loss, self._compute, dtypes, domain=True)
+            self._run(variant, [view.data for view in pair], [], 1.0)
+
     def _launch(
         self, losses: View | None, grads: dict[str, View], scale: float = 1.0, upstream: np.ndarray | None = None
     ) -> Sums:
@@ -151,7 +164,7 @@ class PointwiseCall(Call):
         grad, grad_target = grads.get("input"), grads.get("target")
         variant = cpu.pointwise_variant(
             self.loss,
-            "float64" if self.loss.wide or self._result_dtype == "float64" else "float32",
+            self._compute,
             tuple(view.dtype for view in self.inputs),
             self.w.dtype if self.w else None,
             upstream is not None,
@@ -159,18 +172,23 @@ class PointwiseCall(Call):
             grad.dtype if grad else None,
             grad_target.dtype if grad_target else None,
         )
+        sources = [view.data for view in self.sources] + ([] if upstream is None else [upstream])
+        raw = self._run(variant, sources, [view.data for view in (losses, grad, grad_target) if view], scale)
+        if self.w is None:
+            raw[SUMS.index("weight")] = self.samples
+        return Sums(raw, self.samples, self.rows)
+
+    def _run(
+        self, variant: PointwiseVariant, sources: Sequence[np.ndarray], sinks: Sequence[np.ndarray], scale: float
+    ) -> list[float]:
+        """A kernel's sums over all elements."""
         shape = self.shape
-        sources = [v.data if v.data.shape == shape else np.broadcast_to(v.data, shape) for v in self.sources]
-        if upstream is not None:
-            sources.append(upstream)
-        sinks = [view.data for view in (losses, grad, grad_target) if view]
+        sources = [array if array.shape == shape else np.broadcast_to(array, shape) for array in sources]
         self.task = cpu.pointwise_task(variant, sources, sinks, [scale, *self.parameters])
         raw = self.task.run() if self.task else [0.0] * len(SUMS)
         if raw[SUMS.index("invalid")]:
             self.raise_invalid(self.x, self.y)
-        if self.w is None:
-            raw[SUMS.index("weight")] = self.samples
-        return Sums(raw, self.samples, self.rows)
+        return raw
 
     @property
     def repeats(self) -> bool:

@@ -76,6 +76,7 @@ class PointwiseVariant(Variant):
     grad: str | None = None
     grad_target: str | None = None
     stream: bool = False  # gradients go past the caches; the caller aligns them to a whole vector
+    domain: bool = False  # only look whether x and y lie in the loss's domain, at the speed of memory
 
     @cached_property
     def streaming(self) -> PointwiseVariant:
@@ -88,7 +89,7 @@ class PointwiseVariant(Variant):
         if not (self.loss.value.__module__ or "").startswith(__package__ + "."):
             return None  # nothing would notice that its source has changed
         rest = (self.compute, self.inputs, self.weight, self.upstream, self.losses, self.grad, self.grad_target)
-        return ("pointwise", self.loss.name, *rest, self.stream)
+        return ("pointwise", self.loss.name, *rest, self.stream, self.domain)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -120,8 +121,9 @@ class PointwiseVariant(Variant):
 
             x, y, *operands = (read(k, name) for k, name in enumerate(self.inputs))
             arguments = (x, y, *operands, *(number.to(compute) for number in numbers))
-            loss = self.loss.value(*arguments)
-            term = self.loss.summand(*arguments) if self.loss.summand and compute == F32 else loss
+            loss = full(b, compute, lanes) if self.domain else self.loss.value(*arguments)
+            summand = self.loss.summand if compute == F32 and not self.domain else None
+            term = summand(*arguments) if summand else loss
             weight = read(extra, self.weight) if self.weight else None
             upstream = read(len(self.sources) - 1, "float64", F64) if self.upstream else None
             if weight is not None:
