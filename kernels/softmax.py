@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import storage
 from .compiler import Variant
-from .softmax_rows import RowsKernel
+from .softmax_rows import GROUP_LOGITS, RowsKernel
 from .softmax_samples import ShortKernel, TileKernel
-from .values import Value
+from .values import LANES, Value
 
 KERNELS = {"rows": RowsKernel, "tile": TileKernel, "short": ShortKernel}
 
@@ -43,3 +44,14 @@ class SoftmaxVariant(Variant):
     def emit(self, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
         """`void kernel(n, arrays, parameters, sums)` over n samples; adds to the float64 slots `SUMS`."""
         KERNELS[self.layout](self, n, arrays, parameters, sums).emit()
+
+
+def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
+    """The scratch that a kernel needs, where it takes tiles of so many samples."""
+    if variant.layout == "rows" and variant.grad:
+        return max(classes, GROUP_LOGITS) * storage.itemsize(variant.compute)
+    if variant.layout == "tile":
+        return classes * tile * storage.itemsize(variant.compute)
+    if variant.layout == "short" and not variant.few:
+        return classes * LANES * storage.itemsize(variant.compute) * (2 if variant.probabilities else 1)
+    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llvmlite import ir
 
@@ -14,9 +14,6 @@ from .targets import LIVE, Targets, within
 from .transpose import QUAD, load_classes, load_quad, store_classes, store_quad, transposed
 from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, loop, when
 from .vecmath import ShiftedExp, log_of_normal
-
-if TYPE_CHECKING:
-    from .softmax import SoftmaxVariant
 
 MAX_FEW = 32  # classes that stay in registers and on the stack, their number compiled in: 1.3x at 10, against a loop
 FLUSH = 64  # exponentials added in a lane before they move to float64
@@ -454,12 +451,3 @@ class ShortKernel(SamplesKernel):
             store_quad(first + c * SIZE[elem], row, transposed(vectors), raw)
 
         self.each_quad(quad)
-
-
-def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
-    """The scratch that a kernel needs, where it takes tiles of so many samples."""
-    if variant.layout == "tile":
-        return classes * tile * storage.itemsize(variant.compute)
-    if variant.layout == "short" and not variant.few:
-        return classes * LANES * storage.itemsize(variant.compute) * (2 if variant.probabilities else 1)
-    return 0

@@ -28,8 +28,8 @@ from ..kernels.records import (
     N_CLASSY,
     Header,
 )
-from ..kernels.softmax import SoftmaxVariant
-from ..kernels.softmax_samples import MAX_FEW, scratch_bytes
+from ..kernels.softmax import SoftmaxVariant, scratch_bytes
+from ..kernels.softmax_samples import MAX_FEW
 from ..kernels.storage import itemsize
 from ..kernels.values import LANES
 from .entry import environment, function, memory
