@@ -21,6 +21,7 @@ from llvmlite import ir
 from .values import F64, I64, Value, element
 
 Emit = Callable[..., Value | None]
+Features = frozenset[str]
 
 _engines: list[llvm.ExecutionEngine] = []  # an engine owns its machine code: kept as long as the process
 _lock = threading.Lock()  # LLVM contexts are not thread-safe
@@ -36,11 +37,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def module_of(emit: Emit, arity: int, name: str = "kernel") -> ir.Module:
-    """An LLVM module with one function `void name(i64, ...)` whose body `emit(*arguments)` writes; `i64 name(i64, ...)`
-    where that is annotated to return a Value."""
+def module_of(emit: Emit, arity: int, features: Features = frozenset()) -> ir.Module:
+    """An LLVM module with one function `void kernel(i64, ...)` whose body `emit(*arguments)` writes;
+    `i64 kernel(i64, ...)` where that is annotated to return a Value. It may use what `features` has."""
     returns = getattr(emit, "__annotations__", {}).get("return") == "Value"
+    name = "kernel"
     module = ir.Module(name)
+    module.features = features
     function = ir.Function(module, ir.FunctionType(I64 if returns else ir.VoidType(), [I64] * arity), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     out = emit(*(Value(builder, argument) for argument in function.args))
@@ -66,12 +69,24 @@ def machine(triple: str | None = None, cpu: str | None = None, features: str | N
     return target.create_target_machine(cpu=cpu, features=features or "", opt=3, codemodel="jitdefault", jit=True)
 
 
-_FMA = """
+_PROBE = """
 declare float @llvm.fma.f32(float, float, float)
 define float @square(float %x) {
   %y = call float @llvm.fma.f32(float %x, float %x, float %x)
   ret float %y
+}
+define <16 x i32> @twice(<16 x i32> %x) {
+  %y = add <16 x i32> %x, %x
+  ret <16 x i32> %y
 }"""
+
+
+def features_of(target: llvm.TargetMachine) -> Features:
+    """What kernels may use beyond LLVM's portable instructions: "fma" (a CPU without it calls the C library), "avx2",
+    "avx512"; read off what LLVM writes for the target."""
+    text = target.emit_assembly(_parsed(_PROBE, target))
+    found = {"fma": "fmaf" not in text, "avx2": "%ymm" in text or "%zmm" in text, "avx512": "%zmm" in text}
+    return frozenset(name for name, there in found.items() if there)
 
 
 def _parsed(text: str, target: llvm.TargetMachine) -> llvm.ModuleRef:
@@ -97,7 +112,7 @@ def _spell_out_fma(module: ir.Module) -> None:
 
 def optimised(module: ir.Module, target: llvm.TargetMachine) -> llvm.ModuleRef:
     """`module` through LLVM's -O3 for `target`."""
-    if "fmaf" in target.emit_assembly(_parsed(_FMA, target)):  # a CPU without the instruction calls the C library
+    if "fma" not in features_of(target):
         _spell_out_fma(module)
     parsed = _parsed(str(module), target)
     options = llvm.create_pipeline_tuning_options(speed_level=3)
@@ -111,7 +126,7 @@ def optimised(module: ir.Module, target: llvm.TargetMachine) -> llvm.ModuleRef:
 def assembly(emit: Emit, arity: int, triple: str | None = None, cpu: str | None = None, features: str = "") -> str:
     """Assembly text of an emitted function for any CPU, to read its instructions."""
     target = machine(triple, cpu, features)
-    return str(target.emit_assembly(optimised(module_of(emit, arity), target)))
+    return str(target.emit_assembly(optimised(module_of(emit, arity, features_of(target)), target)))
 
 
 @cache
@@ -181,7 +196,7 @@ def compile_function(emit: Emit, arity: int, key: object) -> int:
     """Address of the C function `void f(int64_t, ...)` that `emit` writes; `key` as in `cached`."""
     with _lock:
         target = machine()
-        code = cached(key, lambda: target.emit_object(optimised(module_of(emit, arity), target)))
+        code = cached(key, lambda: target.emit_object(optimised(module_of(emit, arity, features_of(target)), target)))
         empty = llvm.parse_assembly("")
         engine = llvm.create_mcjit_compiler(empty, target)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))

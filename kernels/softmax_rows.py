@@ -9,7 +9,7 @@ from llvmlite import ir
 from . import storage
 from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
 from .targets import LIVE
-from .values import F64, I32, I64, LANES, SIZE, Value, full, iota, loop, when
+from .values import F64, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
 from .vecmath import ShiftedExp, exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
@@ -20,7 +20,8 @@ MAX_SUM = 2.0**60
 # Logits of the rows that are finished together where gradients are wanted: their exponentials must stay in L1.
 GROUP_LOGITS = 4096
 
-Exponential = Callable[[Value, Value], Value]  # of class c's logit z, relative to a reference
+# of class c's logit z, relative to a reference, as two factors; and what was seen so far of all logits
+Exponential = Callable[[Value, Value, Value], tuple[Value, Value, Value]]
 
 
 class RowsKernel(SoftmaxKernel):
@@ -149,7 +150,7 @@ class RowsKernel(SoftmaxKernel):
         highest = first[0]
         for other in first[1:]:
             highest = (other > highest).select(other, highest)
-        return ShiftedExp(ShiftedExp.count_for(highest.max()), short=True)
+        return ShiftedExp(ShiftedExp.count_for(highest.max()), short=True, capped=False)
 
     def sum_row(self, i: Value, r: Value, x: Value) -> None:
         """A row's reference and sums."""
@@ -158,18 +159,22 @@ class RowsKernel(SoftmaxKernel):
         low = (shifted.hi - high.to(F64) + shifted.lo).to(self.wide)
         origin = high.to(self.type)
 
-        def shift(c: Value, z: Value) -> Value:
-            e = shifted(z)
+        def shift(c: Value, z: Value, seen: Value) -> tuple[Value, Value, Value]:
+            p, scale, seen = shifted.watched(z, seen)
+            if not self.v.grad:
+                return p, scale, seen
+            e = p * scale
             self.kept(r, c).store(e)
-            return e
+            return e, e.lift(1.0), seen
 
-        sums = self.sweep(i, x, shift if self.v.grad else shifted, origin)
-        good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM)  # false for NaN
+        sums, seen = self.sweep(i, x, shift, origin)
+        # false for NaN
+        good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM) & ~shifted.overflowed(seen)
 
         def exact() -> list[Value]:
             """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""
             highest = self.reference_of(self.maximum(x))
-            again = self.sweep(i, x, lambda _, z: exp(z - highest), None)
+            again, _ = self.sweep(i, x, lambda _, z, seen: (exp(z - highest), z.lift(1.0), seen), None)
             # what mass and dot are relative to stays as it is
             return [again.exponentials, highest.to(self.wide), high.lift(0.0)]
 
@@ -183,44 +188,45 @@ class RowsKernel(SoftmaxKernel):
             self.put("mass", r, sums.mass)
             self.put("dot", r, sums.dot)
 
-    def sweep(self, i: Value, x: Value, exponential: Exponential | ShiftedExp, origin: Value | None) -> ClassSums:
-        """One pass over a row's classes; mass and dot only where an origin is given."""
+    def sweep(
+        self, i: Value, x: Value, exponential: Exponential, origin: Value | None
+    ) -> tuple[ClassSums, Value]:
+        """One pass over a row's classes, and what `exponential` saw; mass and dot only where an origin is given."""
         zero, wide = full(self.b, self.type, LANES), full(self.b, F64, LANES)
+        nothing = full(self.b, INT_OF[self.type], LANES)
 
         def add(c: Value, state: Sequence[Value], live: Value | None = None) -> list[Value]:
             """Classes c .. c + LANES, or those of them that live."""
-            part, mass, dot = state
+            part, mass, dot, seen = state
             if live is None:
                 size = storage.itemsize(self.v.logits)
                 (x + c * size).prefetch_ahead(LANES * size)
             z = self.load_logits(x, c)
-            if isinstance(exponential, ShiftedExp):
-                p, scale = exponential.factors(z)
-                more = p.fma(scale, part)
-            else:
-                more = part + exponential(c, z)
+            p, scale, seen = exponential(c, z, seen)
+            more = p.fma(scale, part)
             part = more if live is None else live.select(more, part)
             if origin is None or self.plain:
-                return [part, mass, dot]
+                return [part, mass, dot, seen]
             probability, weight = self.load_probability(i, c, LANES), self.load_weight(c, LANES)
             new = self.accumulate(ClassSums(part, mass, dot), z, origin, probability, weight)
             if live is not None:
                 new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
-            return list(new)
+            return [*new, seen]
 
-        def block(start: Value, *total: Value) -> list[Value]:
+        def block(start: Value, *state: Value) -> list[Value]:
+            *total, seen = state
             stop = (start + flush).at_most(whole)
-            _, parts = loop(start, stop, LANES, [zero] * 3, lambda c, *s: add(c, s))
-            return [t + part.to(F64) for t, part in zip(total, parts, strict=True)]
+            _, (*parts, seen) = loop(start, stop, LANES, [*[zero] * 3, seen], lambda c, *s: add(c, s))
+            return [*(t + part.to(F64) for t, part in zip(total, parts, strict=True)), seen]
 
         whole = self.classes & -LANES
         alone = self.plain or (self.v.shard and not (self.v.probabilities or self.v.smoothing))
         flush = FLUSH if alone else FLUSH_MASS
-        _, state = loop(self.begin, whole + (flush - 1), flush, [wide] * 3, block)
+        _, (*totals, seen) = loop(self.begin, whole + (flush - 1), flush, [*[wide] * 3, nothing], block)
         # the last vector overlaps what was done; only the lanes that are new count
         rest = (self.classes - whole).trunc(I32)
-        parts = add(self.classes - LANES, [zero] * 3, iota(self.b, LANES) >= (LANES - rest))
-        return ClassSums(*((t + part.to(F64)).sum() for t, part in zip(state, parts, strict=True)))
+        *parts, seen = add(self.classes - LANES, [*[zero] * 3, seen], iota(self.b, LANES) >= (LANES - rest))
+        return ClassSums(*((t + part.to(F64)).sum() for t, part in zip(totals, parts, strict=True))), seen
 
     def maximum(self, x: Value) -> Value:
         """The largest logit of a row, NaN left out."""
@@ -278,7 +284,7 @@ class RowsKernel(SoftmaxKernel):
         when((self.fates + 4 * r).load(I32) == LIVE, live, dead)
 
     def write_gradient(
-        self, i: Value, r: Value, x: Value, exponential: Exponential, share: Value, scale: Value
+        self, i: Value, r: Value, x: Value, exponential: Callable[[Value, Value], Value], share: Value, scale: Value
     ) -> None:
         """Row i's gradient by its logits."""
         t = weight = None

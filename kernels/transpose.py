@@ -11,21 +11,13 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from .values import LANES, SIZE, Value
+from .values import LANES, SIZE, Value, joined
 
 QUAD = 4  # lanes of a group, vectors of a quad
 GROUPS = range(LANES // QUAD)
 
 Convert = Callable[[Value], Value]
 Place = tuple[int, int]  # which of some vectors, which lane of a group
-
-
-def _joined(parts: Sequence[Value]) -> Value:
-    """Vectors one behind the other."""
-    while len(parts) > 1:
-        lanes = range(2 * parts[0].lanes)
-        parts = [a.shuffle(b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
 
 
 def _part(vector: Value, q: int) -> Value:
@@ -73,7 +65,7 @@ def load_quad(address: Value, step: int | Value, elem: ir.Type, read: Convert) -
     `read` turns vectors as they lie in memory into numbers.
     """
     rows = [[(address + (QUAD * q + j) * step).load(elem, QUAD) for q in GROUPS] for j in range(QUAD)]
-    return [read(_joined(parts)) for parts in rows]
+    return [read(joined(parts)) for parts in rows]
 
 
 def store_quad(address: Value, step: int | Value, quad: Sequence[Value], write: Convert) -> None:
@@ -122,6 +114,6 @@ def _load_chunks(address: Value, classes: int, elem: ir.Type, read: Convert) -> 
     counted through."""
     size = SIZE[elem]
     return [
-        read(_joined([(address + QUAD * (classes * q + k) * size).load(elem, QUAD) for q in GROUPS]))
+        read(joined([(address + QUAD * (classes * q + k) * size).load(elem, QUAD) for q in GROUPS]))
         for k in range(classes)
     ]

@@ -281,7 +281,7 @@ COUNTS = {np.float32: (0, 1, -7, 14427, -(2**15), 2**15), np.float64: (0, 1, -10
     ("dtype", "short", "bound", "bound_below"),
     [
         (np.float32, False, 1.2e-7, 3.1e-7),
-        (np.float32, True, 2.1e-7, 4.1e-7),
+        (np.float32, True, 2.7e-7, 4.7e-7),
         (np.float64, False, 1.7e-16, 1.7e-16),
     ],
 )

@@ -46,9 +46,9 @@ SHARED_BYTES = 64 * 1024
 STREAM_BYTES = 8 * 1024 * 1024
 
 # Pointwise elements of one task: 64 KB of float32, about 4 us of work.
-CHUNK = 16384
+CHUNK = 65536
 # Logits of one task: about 5 us of work, so that few rows are shared out well: 128 of 1,000 classes are 8 tasks.
-CHUNK_LOGITS = 16384
+CHUNK_LOGITS = 65536
 MAX_SAMPLES = 8192
 # Logits of the samples that are copied to scratch together, in bytes: they stay in the first-level cache.
 TILE_BYTES = 32 * 1024
