@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from . import storage
 from .compiler import Variant
+from .softmax_flat import FlatKernel
+from .softmax_planes import PlanesKernel
 from .softmax_rows import GROUP_LOGITS, RowsKernel
 from .softmax_samples import ShortKernel, TileKernel
-from .values import LANES, Value
+from .values import CACHE_LINE, F32, LANES, SIZE, Value
 
-KERNELS = {"rows": RowsKernel, "tile": TileKernel, "short": ShortKernel}
+KERNELS = {"flat": FlatKernel, "planes": PlanesKernel, "rows": RowsKernel, "tile": TileKernel, "short": ShortKernel}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class SoftmaxVariant(Variant):
     stream: bool = False  # `grad` goes past the caches; not with "short"
 
     @property
+    def plain(self) -> bool:
+        """Whether the loss is the logarithm of the sum of exponentials less the target's logit."""
+        options = self.probabilities or self.weighted or self.smoothing or self.z_loss
+        return not (options or self.shard)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What tells this kernel from every other, for the disk cache."""
         return ("softmax", *(getattr(self, name) for name in self.__dataclass_fields__))
@@ -50,6 +58,10 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
     """The scratch that a kernel needs, where it takes tiles of so many samples."""
     if variant.layout == "rows" and variant.grad:
         return max(classes, GROUP_LOGITS) * storage.itemsize(variant.compute)
+    if variant.layout == "flat":
+        return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
+    if variant.layout == "planes":
+        return (classes + 1 if variant.grad else 1) * tile * SIZE[F32]
     if variant.layout == "tile":
         return classes * tile * storage.itemsize(variant.compute)
     if variant.layout == "short" and not variant.few:

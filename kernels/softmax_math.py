@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llvmlite import ir
@@ -12,7 +12,7 @@ from .exact import add_lanes, two_sum
 from .pointwise import SUMS
 from .records import ARRAYS, NUMBERS
 from .targets import INVALID, LIVE, Targets
-from .values import F32, F64, I64, LANES, SIZE, Value, full, when
+from .values import F32, F64, I64, LANES, SIZE, Value, full, loop, when
 from .vecmath import exp, log, log_of_normal, tanh
 
 if TYPE_CHECKING:
@@ -64,10 +64,14 @@ class SoftmaxKernel:
     def __init__(self, variant: SoftmaxVariant, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
         self.v, self.n, self.sums, self.b = variant, n, sums, n.b
         self.a = {name: (arrays + 8 * k).load(I64) for k, name in enumerate(ARRAYS)}
+        if variant.few:  # known while compiling, as is where its rows lie
+            self.a["classes"] = Value(self.b, I64(variant.few))
+            for name in ("logits", "probabilities", "grad", "grad_target"):
+                if kind := getattr(variant, name):
+                    self.a[f"{name}_row"] = Value(self.b, I64(variant.few * storage.itemsize(kind)))
         self.p = {name: (parameters + 8 * k).load(F64) for k, name in enumerate(NUMBERS)}
         self.type = storage.COMPUTE[variant.compute]
-        options = variant.probabilities or variant.weighted or variant.smoothing or variant.z_loss
-        self.plain = not (options or variant.shard)
+        self.plain = variant.plain
         self.state = variant.shard and not variant.grad
         # Without options a loss is one difference and one logarithm, which float32 holds as well as the logits do.
         self.wide = self.type if self.plain else F64
@@ -178,6 +182,30 @@ class SoftmaxKernel:
         if not self.v.weighted:
             return None
         return (self.a["weight"] + c * SIZE[self.type]).load(self.type, lanes)
+
+    # writing
+
+    def write_out(self, source: Value, target: Value, count: Value) -> None:
+        """Write so many float32 gradients, where they lie in scratch, to memory: past the caches in whole aligned
+        vectors, if at all."""
+        kind, stream = self.v.grad or "", self.v.stream
+        size = storage.itemsize(kind)
+
+        def some(many: int, lanes: int = LANES) -> Callable[[Value], None]:
+            def turn(k: Value) -> None:
+                for place in (k + j * lanes for j in range(many)):
+                    number = (source + place * SIZE[F32]).load(F32, lanes)
+                    storage.store(target + place * size, number, kind, stream and lanes > 1)
+
+            return turn
+
+        head = self.begin
+        if stream:  # elements before the first aligned vector
+            head = (((0 - target) & (LANES * size - 1)) >> (size.bit_length() - 1)).at_most(count)
+            loop(self.begin, head, 1, [], some(1, 1))
+        k, _ = loop(head, count, 4 * LANES, [], some(4))
+        k, _ = loop(k, count, LANES, [], some(1))
+        loop(k, count, 1, [], some(1, 1))
 
     # the loss
 

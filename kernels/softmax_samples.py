@@ -178,13 +178,10 @@ class SamplesKernel(SoftmaxKernel):
         def add(c: Value, place: Any, held: Value, part: Value, *rest: Value) -> list[Value]:
             self.coming(i, c)
             z = self.logit(held)
+            p, scale = self.exponential.factors(z - highest)
             if self.replaced:
-                e = self.exponential(z - highest)
-                classes.put(place, e)
-                part = part + e
-            else:
-                p, scale = self.exponential.factors(z - highest)
-                part = p.fma(scale, part)
+                classes.put(place, p * scale)
+            part = p.fma(scale, part)
             if not rest:
                 return [part]
             # few classes leave their rounding errors no room to average out

@@ -27,6 +27,14 @@ def load(address: Value, storage: str, compute: ir.Type, lanes: int = 1) -> Valu
     return widened(address.load(MEMORY[storage], lanes), storage, compute)
 
 
+def load_pair(address: Value, storage: str, compute: ir.Type, lanes: int) -> list[Value]:
+    """Twice as many elements as two vectors, in any order: for sums."""
+    if storage == "bfloat16":  # two in a word: one instruction for each vector, not two
+        words = address.load(I32, lanes, align=itemsize(storage))
+        return [(words << 16).bits(F32).to(compute), (words & -(1 << 16)).bits(F32).to(compute)]
+    return [load(address + k * lanes * itemsize(storage), storage, compute, lanes) for k in range(2)]
+
+
 def widened(raw: Value, storage: str, compute: ir.Type) -> Value:
     """What was read from memory as numbers of the compute type."""
     if storage == "bfloat16":  # the upper half of a float32

@@ -34,9 +34,13 @@ class Targets(NamedTuple):
 
     def clamped(self, i: Value) -> Value:
         """Sample i's class as int64, or any where it has none."""
-        raw = self._at(i).load(storage.MEMORY[self.storage])
-        t = raw if raw.elem == I64 else raw.zext(I64) if self._unsigned else raw.sext(I64)
+        t = self.unchecked(i)
         return t.below(self.classes).select(t, 0)
+
+    def unchecked(self, i: Value) -> Value:
+        """Sample i's index as int64, which need not be a class."""
+        raw = self._at(i).load(storage.MEMORY[self.storage])
+        return raw if raw.elem == I64 else raw.zext(I64) if self._unsigned else raw.sext(I64)
 
     def sixteen(self, i: Value, left: Value) -> tuple[Value, Value, Value]:
         """The same of samples i .. i + 16, the classes as int32, of which all but `left` are IGNORED; and whether all

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from .values import LANES, SIZE, Value, joined
+from .values import I1, LANES, SIZE, Value, full_of, joined
 
 QUAD = 4  # lanes of a group, vectors of a quad
 GROUPS = range(LANES // QUAD)
@@ -52,6 +52,22 @@ def folded(quad: Sequence[Value], combine: Callable[[Value, Value], Value]) -> V
     """Each row's four numbers combined pairwise, row r's in lane r."""
     a, b, c, d = transposed(quad)
     return combine(combine(a, b), combine(c, d))
+
+
+def folded_rows(rows: Sequence[Value]) -> Value:
+    """Sixteen vectors to one: lane r has the sum of the lanes of vector r. 15 additions, a select and a shuffle each."""
+    distance = LANES // 2
+    rows = list(rows)
+    while distance:
+        lanes = range(LANES)
+        upper = full_of(rows[0].b, I1, [k & distance != 0 for k in lanes])
+        rows = [
+            # of a the lanes that stay, of b those that do; beside them the others, moved to where these are
+            upper.select(b, a) + upper.select(a, b).shuffle(None, [k ^ distance for k in lanes])
+            for a, b in zip(rows[:distance], rows[distance:], strict=True)
+        ]
+        distance //= 2
+    return rows[0]
 
 
 def spread(rows: Value) -> list[Value]:

@@ -15,7 +15,8 @@ LANES = 16
 CACHE_LINE = 64
 # Bytes that are asked for before their use: by itself a processor looks less far, and not into the next page. On two
 # cores of Zen 3 cross-entropy of 65,536 x 1,000 takes 11 ms so, 18 without; L1 0.85 of the memory's speed, not 0.7.
-AHEAD = 4096
+# On Zen 4, which has AVX-512, 512 bytes: L1 is as fast as reading is there, 0.83 of it at 4,096 bytes.
+AHEAD = {"avx512": 512, "": 4096}
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -276,8 +277,9 @@ class Value:
 
     def prefetch_ahead(self, nbytes: int) -> None:
         """Ask for as much memory as is read at me, `AHEAD` bytes on."""
-        for k in range(0, nbytes, CACHE_LINE):
-            (self + (AHEAD + k)).prefetch()
+        ahead = next(distance for feature, distance in AHEAD.items() if not feature or self.may_use(feature))
+        for k in range(ahead, ahead + nbytes, CACHE_LINE):
+            (self + k).prefetch()
 
     def prefetch(self) -> None:
         """Ask for my cache line, which may lie beyond the end of an array."""

@@ -54,7 +54,7 @@ class Format:
         return self.mantissa + 1
 
 
-LOG2E = 1.4426950408889634
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 EXP64 = [1.0, 1.0, 0.5000000000000001, 0.16666666666666669, 0.04166666666662413, 0.008333333333330062,
          0.0013888888917213717, 0.00019841269863053618, 2.4801521295954376e-05, 2.7557268459997064e-06,
          2.7620088445409746e-07, 2.510038549551032e-08]  # 1.6e-17  # fmt: skip
@@ -449,7 +449,7 @@ class ShiftedExp:
             self.size, self.coefficients = next(
                 (table for feature, table in EXP_TABLES.items() if count.may_use(feature)), (1, self.coefficients)
             )
-        self.magic = k.magic + (k.bias - count) * self.size
+        self.count, self.magic = count, k.magic + (k.bias - count) * self.size
         wide = count.to(F64)
         self.hi = wide * k.ln2
         # float32: 22 bits times 24 are exact
@@ -497,3 +497,14 @@ class ShiftedExp:
     def __call__(self, x: Value) -> Value:
         p, scale = self.factors(x)
         return p * scale
+
+
+def scaled_log(s: Value, shifted: ShiftedExp, z: Value) -> tuple[Value, Value]:
+    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, m in [0.75, 1.5), for positive normal float32.
+
+    Where s is and the reference are makes no difference: their powers of 2 are one integer, which meets z unrounded.
+    """
+    k = FORMATS[F32]
+    e, m = _split(s)
+    count = e + shifted.count
+    return count.fma(k.ln2_short, -z) + count.fma(k.ln2_short_low, shifted.count * (k.ln2 - LN2)), m

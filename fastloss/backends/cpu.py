@@ -29,6 +29,7 @@ from ..kernels.records import (
     Header,
 )
 from ..kernels.softmax import SoftmaxVariant, scratch_bytes
+from ..kernels import softmax_flat, softmax_planes
 from ..kernels.softmax_samples import MAX_FEW
 from ..kernels.storage import itemsize
 from ..kernels.values import LANES
@@ -55,8 +56,13 @@ TILE_BYTES = 32 * 1024
 MAX_TILE = 256
 # Rows with no more classes than this are transposed: 2.3 times as fast as row by row at 32, 1.2 at 64, even at 100.
 MAX_SHORT = 64
+MIN_FLAT, MAX_FLAT = 17, 256
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096
+
+
+# Samples of a block, by layout.
+BLOCKS = {"flat": softmax_flat.block_of, "planes": softmax_planes.block_of}
 
 
 # A variant and its hash take 10 us to make, and a program uses few: they are kept, looked up by their fields.
@@ -242,16 +248,25 @@ def softmax_task(
     else:
         by_row = samples.classes_adjoin(LOGITS) or (by_row and classes > MAX_TILE_CLASSES)
         layout = "rows" if by_row else "tile"
+    variant = softmax_variant(layout, 0, *options)
+    if variant.plain and not variant.softcap and variant.compute == "float32":
+        if by_row and MIN_FLAT <= classes <= MAX_FLAT:
+            layout = "flat"
+        elif layout == "tile":
+            layout = "planes"
     few = classes if layout == "short" and classes <= MAX_FEW else 0
     table = samples.records(by_row)
-    if few:  # their rows are read as one piece
+    if few or layout == "flat":  # their rows are read as one piece
         for record in table[:N_CLASSY]:
             record[DIRECT] &= int(samples.total == 1 or record[-1] == classes * record[ITEMSIZE])
     per_chunk = CHUNK_LOGITS // classes
     per_chunk = max(1, per_chunk) if layout == "rows" else max(LANES, per_chunk // LANES * LANES)
     stream = layout != "short" and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
     variant = softmax_variant(layout, few, *options, stream)
-    tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
+    if layout in BLOCKS:
+        tile = BLOCKS[layout](classes)
+    else:
+        tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
     template = _template(classes, weight, ignore_index)
     template[ARRAYS.index("tile")] = tile
     template[ARRAYS.index("scratch")] = scratch_bytes(variant, classes, tile)

@@ -1,0 +1,116 @@
+"""Softmax cross-entropy without options over samples that lie side by side for each class (images, transposed arrays):
+class by class, in long pieces of memory, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from . import storage
+from .softmax_shared import BYTES, SharedReferenceKernel
+from .values import F32, I32, LANES, Value, full, loop, when
+from .vecmath import ShiftedExp, exp
+
+UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
+# Logits of a block, which are read again one by one, for the targets; samples of it, a page of each class.
+BLOCK_LOGITS, MAX_BLOCK = 1 << 17, 4096
+
+
+def block_of(classes: int) -> int:
+    """How many samples make a block."""
+    return max(LANES, min(MAX_BLOCK, BLOCK_LOGITS // classes // LANES * LANES))
+
+
+class PlanesKernel(SharedReferenceKernel):
+    """Scratch holds a block's sums, and behind them, where gradients are wanted, its exponentials class by class."""
+
+    def place(self, i: Value, c: Value) -> Value:
+        """Where sample i's logit of class c is in memory."""
+        return self.a["logits"] + i * self.size + c * self.a["logits_step"]
+
+    def kept(self, j: Value, c: Value) -> Value:
+        """Where the exponential of class c of the block's j-th sample is."""
+        return self.scratch + ((c + 1) * self.tile + j) * BYTES
+
+    def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
+        shifted = self.exponential_for(self.place(start, self.begin))
+
+        def add(first: Value, many: int, seen: Value, fresh: bool = False) -> list[Value]:
+            """Classes first .. first + many."""
+
+            def sixteen(j: Value, seen: Value) -> list[Value]:
+                total = full(self.b, F32, LANES) if fresh else (self.scratch + j * BYTES).load(F32, LANES)
+                for c in (first + k for k in range(many)):
+                    at = self.place(start + j, c)
+                    at.prefetch_ahead(LANES * self.size)
+                    p, scale, seen = shifted.watched(self.logits(at), seen)
+                    if self.v.grad:
+                        self.kept(j, c).store(p * scale)
+                    total = p.fma(scale, total)
+                (self.scratch + j * BYTES).store(total)
+                return [seen]
+
+            return loop(self.begin, stop - start, LANES, [seen], sixteen)[1]
+
+        (seen,) = add(self.begin, 1, full(self.b, I32, LANES), fresh=True)
+        c, (seen,) = loop(self.begin + 1, self.classes, UNROLL, [seen], lambda c, seen: add(c, UNROLL, seen))
+        _, (seen,) = loop(c, self.classes, 1, [seen], lambda c, seen: add(c, 1, seen))
+        return shifted, ~shifted.overflowed(seen)
+
+    def sums_of(self, j: Value) -> Value:
+        return (self.scratch + j * BYTES).load(F32, LANES)
+
+    def over_classes(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
+        return loop(self.begin, self.classes, 1, state, body)[1]
+
+    def again(self, i: Value, j: Value) -> tuple[Value, Value]:
+        def larger(c: Value, highest: Value) -> list[Value]:
+            z = self.logits(self.place(i, c))
+            return [(z > highest).select(z, highest)]
+
+        (highest,) = self.over_classes([full(self.b, F32, LANES, float("-inf"))], larger)
+
+        def add(c: Value, total: Value) -> list[Value]:
+            e = exp(self.logits(self.place(i, c)) - highest)
+            if self.v.grad:
+                self.kept(j, c).store(e)
+            return [total + e]
+
+        (total,) = self.over_classes([full(self.b, F32, LANES)], add)
+        return highest, total
+
+    def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
+        (self.scratch + j * BYTES).store(share)  # whose sums have been read
+
+        def clear() -> None:
+            def some(c: Value) -> list[Value]:
+                self.kept(j, c).store((own == 0.0).select(0.0, self.kept(j, c).load(F32, LANES)))
+                return []
+
+            self.over_classes([], some)
+
+        when(~usual, clear)
+        for k in range(LANES):
+            at = self.kept(j + k, self.targets.clamped(i + k))
+            at.store(at.load(F32) - own.lane(k))
+
+    def hand_over(self, start: Value, stop: Value) -> None:
+        kind = self.v.grad or ""
+        size = storage.itemsize(kind)
+
+        def written(stream: bool) -> None:
+            def one(c: Value) -> None:
+                out = self.a["grad"] + start * size + c * self.a["grad_step"]
+
+                def sixteen(j: Value) -> None:
+                    gradient = self.kept(j, c).load(F32, LANES) * (self.scratch + j * BYTES).load(F32, LANES)
+                    storage.store(out + j * size, gradient, kind, stream)
+
+                loop(self.begin, stop - start, LANES, [], sixteen)
+
+            loop(self.begin, self.classes, 1, [], one)
+
+        if not self.v.stream:
+            written(False)
+            return
+        places = (self.a["grad"] + start * size) | self.a["grad_step"]
+        when((places & (LANES * size - 1)) == 0, lambda: written(True), lambda: written(False))

@@ -1,0 +1,132 @@
+"""Softmax cross-entropy without options, in float32: one reference serves a whole block of samples.
+
+No maximum is looked for. Sums of exponentials show afterwards where the reference does not suit a sample; its group of
+sixteen is then done again, each sample relative to its own maximum.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import storage
+from .softmax_math import SoftmaxKernel
+from .targets import LIVE
+from .values import F32, F64, I64, LANES, SIZE, Value, full, loop, when
+from .vecmath import ShiftedExp, log_of_normal, scaled_log
+
+# A sum outside 1 / MAX_SUM .. MAX_SUM may lack what is too small beside the reference, or be infinite.
+MAX_SUM = 2.0**60
+PRODUCT = 64 * LANES  # samples of which one logarithm is taken, 64 factors of 0.75 .. 1.5 in a lane
+BYTES = SIZE[F32]
+
+
+class SharedReferenceKernel(SoftmaxKernel):
+    """A block has at most `tile` samples; its exponentials, or what a layout wants of them, are in scratch. As for all
+    kernels whose lanes are samples, memory for whole groups of sixteen is there."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tile, self.scratch = self.a["tile"], self.a["scratch"]
+        self.size = storage.itemsize(self.v.logits)
+
+    @abstractmethod
+    def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
+        """Fill scratch for samples start .. stop; what was subtracted, and whether it was not far below any logit."""
+
+    @abstractmethod
+    def sums_of(self, j: Value) -> Value:
+        """The sums of sixteen samples, the first of them the block's j-th."""
+
+    @abstractmethod
+    def again(self, i: Value, j: Value) -> tuple[Value, Value]:
+        """Samples i .. i + 16 relative to their own maxima: these, and the sums. Scratch is as `exponentiate` has it."""
+
+    @abstractmethod
+    def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
+        """Note what exponentials are multiplied by in the gradient, and what the target's has less before that; both 0
+        for samples that do not live, of which there are none if `usual`, and whose exponentials may be NaN."""
+
+    @abstractmethod
+    def hand_over(self, start: Value, stop: Value) -> None:
+        """Write the gradients of samples start .. stop."""
+
+    def emit(self) -> None:
+        """Write the kernel's body."""
+        rounded = (self.n + (LANES - 1)) & -LANES
+        many = ((self.begin + PRODUCT) // self.tile).at_least(1) * self.tile
+        one = full(self.b, F64, LANES, 1.0)
+
+        def block(start: Value, last: Value, state: Sequence[Value]) -> list[Value]:
+            stop = (start + self.tile).at_most(last)
+            shifted, fits = self.exponentiate(start, stop)
+            _, new = loop(start, stop, LANES, state, lambda i, *s: self.group(i, i - start, shifted, fits, s))
+            if self.v.grad:
+                self.hand_over(start, stop)
+            return new
+
+        def blocks(start: Value, *state: Value) -> list[Value]:
+            last = (start + many).at_most(rounded)
+            beyond = last + (self.tile - 1)
+            _, (*new, product) = loop(start, beyond, self.tile, [*state, one], lambda i, *s: block(i, last, s))
+            return [*self.add_term(new[:2], log_of_normal(product)), *new[2:]]
+
+        _, state = loop(self.begin, rounded + many - 1, many, self.no_sums(), blocks)
+        self.store_sums(state)
+
+    def logits(self, place: Value) -> Value:
+        """Sixteen logits that lie side by side."""
+        return storage.load(place, self.v.logits, F32, LANES)
+
+    def exponential_for(self, place: Value) -> ShiftedExp:
+        """Relative to about the highest of the logits at a place."""
+        return ShiftedExp(ShiftedExp.count_for(self.logits(place).max()), short=True, capped=False)
+
+    def group(
+        self, i: Value, j: Value, shifted: ShiftedExp, fits: Value, state: Sequence[Value]
+    ) -> list[Value]:
+        """Samples i .. i + 16, the first of them the j-th of its block."""
+        *state, product = state
+        sums = self.sums_of(j)
+        t, fate, usual = self.targets.sixteen(i, self.n - i)
+        z = self.picked(i, usual)
+        # false for NaN
+        good = fits & ~(~((sums < MAX_SUM) & (sums > 1 / MAX_SUM))).any()
+
+        def relative() -> list[Value]:
+            return [*scaled_log(sums, shifted, z), sums]
+
+        def exact() -> list[Value]:
+            highest, sums = self.again(i, j)
+            return [highest - z, sums, sums]
+
+        # a loss is linear + log(rest)
+        linear, rest, sums = when(good, relative, exact)
+        live = fate == LIVE
+        if self.v.losses:
+            kept = live.select(linear + log_of_normal(rest), 0.0)
+            storage.store(self.a["losses"] + i * storage.itemsize(self.v.losses), kept, self.v.losses)
+        if self.v.grad:
+            scale = self.p["scale"].splat(LANES)
+            if self.v.upstream:
+                scale = scale * (self.a["upstream"] + 8 * i).load(F64, LANES)
+            share = live.select(scale.to(F32) / sums, 0.0)
+            self.keep(i, j, t, share, live.select(sums, 0.0), usual)
+        (rest,) = when(usual, lambda: [rest], lambda: [live.select(rest, 1.0)])
+        return [*self.add_samples(state, fate, usual, linear), product * rest.to(F64)]
+
+    def picked(self, i: Value, usual: Value) -> Value:
+        """The target's logit of each of sixteen samples; of those that do not live, any."""
+        elem = storage.MEMORY[self.v.logits]
+        x = self.a["logits"] + i * self.a["logits_row"]
+
+        def pick(index: Callable[[Value], Value]) -> list[Value]:
+            found = full(self.b, elem, LANES)
+            for k in range(LANES):
+                at = x + k * self.a["logits_row"] + index(i + k) * self.a["logits_step"]
+                found = found.with_lane(k, at.load(elem))
+            return [found]
+
+        (found,) = when(usual, lambda: pick(self.targets.unchecked), lambda: pick(self.targets.clamped))
+        return storage.widened(found, self.v.logits, F32)
