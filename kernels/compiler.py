@@ -78,14 +78,24 @@ define float @square(float %x) {
 define <16 x i32> @twice(<16 x i32> %x) {
   %y = add <16 x i32> %x, %x
   ret <16 x i32> %y
+}
+define <16 x bfloat> @halved(<16 x float> %x) {
+  %y = fptrunc <16 x float> %x to <16 x bfloat>
+  ret <16 x bfloat> %y
 }"""
 
 
 def features_of(target: llvm.TargetMachine) -> Features:
-    """What kernels may use beyond LLVM's portable instructions: "fma" (a CPU without it calls the C library), "avx2",
-    "avx512"; read off what LLVM writes for the target."""
+    """What kernels may use beyond what LLVM does well everywhere: "fma" (a CPU without it calls the C library), "avx2",
+    "avx512", "bfloat16" (rounds to it in one instruction); read off what LLVM writes for the target."""
     text = target.emit_assembly(_parsed(_PROBE, target))
-    found = {"fma": "fmaf" not in text, "avx2": "%ymm" in text or "%zmm" in text, "avx512": "%zmm" in text}
+    avx512 = "%zmm" in text
+    found = {
+        "fma": "fmaf" not in text,
+        "avx2": "%ymm" in text or avx512,
+        "avx512": avx512,
+        "bfloat16": "vcvtneps2bf16" in text,
+    }
     return frozenset(name for name, there in found.items() if there)
 
 

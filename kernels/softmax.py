@@ -8,7 +8,7 @@ from . import storage
 from .compiler import Variant
 from .softmax_flat import FlatKernel
 from .softmax_planes import PlanesKernel
-from .softmax_rows import GROUP_LOGITS, RowsKernel
+from .softmax_rows import KEPT_LOGITS, RowsKernel
 from .softmax_samples import ShortKernel, TileKernel
 from .values import CACHE_LINE, F32, LANES, SIZE, Value
 
@@ -57,7 +57,7 @@ class SoftmaxVariant(Variant):
 def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
     """The scratch that a kernel needs, where it takes tiles of so many samples."""
     if variant.layout == "rows" and variant.grad:
-        return max(classes, GROUP_LOGITS) * storage.itemsize(variant.compute)
+        return max(classes, KEPT_LOGITS) * storage.itemsize(variant.compute)
     if variant.layout == "flat":
         return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
     if variant.layout == "planes":

@@ -53,6 +53,8 @@ def narrowed(value: Value, storage: str) -> Value:
     """Floats as they lie in memory."""
     if storage == "bfloat16":
         value = value.to(F32)
+        if value.lanes > 1 and value.may_use("bfloat16"):
+            return value.bfloat()
         bits = value.bits(I32)
         odd = (bits >> 16) & 1
         # a NaN must not round up to infinity: keep its sign and upper bits, and make it quiet

@@ -27,6 +27,16 @@ NAME = {F16: "f16", F32: "f32", F64: "f64", I1: "i1", I8: "i8", I16: "i16", I32:
 Number = Union["Value", float, int]
 
 
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+BF16 = _BFloat()
+
+
 def element(type_: ir.Type) -> ir.Type:
     """The element type of a vector type; a scalar type is its own."""
     return type_.element if isinstance(type_, ir.VectorType) else type_
@@ -92,9 +102,13 @@ class Value:
         key = str(self.v)
         if key not in known:
             with self.b.goto_entry_block():
-                same = ir.FunctionType(self.type, [self.type])
-                known[key] = self.b.asm(same, "", "=v,0", [self.v], False)
+                known[key] = self.opaque().v
         return self._new(known[key])
+
+    def opaque(self) -> Value:
+        """The same, in an AVX-512 register, and LLVM does not know where from."""
+        same = ir.FunctionType(self.type, [self.type])
+        return self._new(self.b.asm(same, "", "=v,0", [self.v], False))
 
     def _binary(self, name: str, other: Number, swapped: bool = False) -> Value:
         if isinstance(other, Value) and other.lanes > self.lanes:
@@ -218,6 +232,12 @@ class Value:
         widen = SIZE[elem] > SIZE[self.elem]
         return self._new((self.b.fpext if widen else self.b.fptrunc)(self.v, self.like(elem)))
 
+    def bfloat(self) -> Value:
+        """The bits of a float32 rounded to bfloat16, as int16; subnormal numbers may become 0."""
+        rounded = self._new(self.b.fptrunc(self.v, self.like(BF16)))
+        # LLVM forgets of stores of its own bfloat that they go past the caches
+        return self._new(self.b.bitcast(rounded.v, self.like(I16))).opaque()
+
     def wide(self) -> Value:
         """In the type that a target has for what float32 would round too early."""
         return self.to(F64)
@@ -275,9 +295,9 @@ class Value:
         pointer = self.b.inttoptr(self.v, type_.as_pointer())
         return self._new(self.b.load(pointer, align=align or SIZE[elem], typ=type_))
 
-    def prefetch_ahead(self, nbytes: int) -> None:
-        """Ask for as much memory as is read at me, `AHEAD` bytes on."""
-        ahead = next(distance for feature, distance in AHEAD.items() if not feature or self.may_use(feature))
+    def prefetch_ahead(self, nbytes: int, ahead: int | None = None) -> None:
+        """Ask for as much memory as is read at me, so many bytes on, or `AHEAD`."""
+        ahead = ahead or next(distance for feature, distance in AHEAD.items() if not feature or self.may_use(feature))
         for k in range(ahead, ahead + nbytes, CACHE_LINE):
             (self + k).prefetch()
 
