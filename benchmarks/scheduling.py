@@ -4,7 +4,7 @@
 
 Each number of threads has a process of its own. A line is a kind of loss and a size: bytes that are read and written,
 chunks, microseconds on one thread and on all, and what fastloss chooses. The choices are `PARALLEL_BYTES`, `CHUNK` and
-`CHUNK_LOGITS` in fastloss/backends/cpu.py.
+`LARGE_CHUNK` in fastloss/backends/cpu.py.
 """
 
 from __future__ import annotations

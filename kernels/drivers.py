@@ -251,7 +251,8 @@ class _Samples:
 
     def __init__(self, layout: str, n_records: int, block: Value, chunk: Value) -> None:
         self.task, self.chunk, self.b = _Block(block), chunk, block.b
-        self.by_row = layout not in ("tile", "planes")  # how scratch is laid out: a row for each sample, or for each class
+        # how scratch is laid out: a row for each sample, or for each class
+        self.by_row = layout not in ("tile", "planes")
         self.padded = layout != "rows"
         self.template = self.task.field(TEMPLATE)
         self.classes = (self.template + 8 * CLASSES).load(I64)

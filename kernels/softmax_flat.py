@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import storage
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import QUAD, folded_rows
 from .values import CACHE_LINE, F32, I32, I64, LANES, Value, full, iota, loop, when
@@ -55,8 +54,8 @@ class FlatKernel(SharedReferenceKernel):
             return turn
 
         logits = (stop - start) * self.classes
-        k, seen = loop(self.begin, logits, UNROLL * LANES, [full(self.b, I32, LANES)], some(UNROLL))
-        _, (seen,) = loop(k, logits, LANES, seen, some(1))
+        k, state = loop(self.begin, logits, UNROLL * LANES, [full(self.b, I32, LANES)], some(UNROLL))
+        _, (seen,) = loop(k, logits, LANES, state, some(1))
         return shifted, ~shifted.overflowed(seen)
 
     def sums_of(self, j: Value) -> Value:

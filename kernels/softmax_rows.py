@@ -228,10 +228,9 @@ class RowsKernel(SoftmaxKernel):
         def block(start: Value, *state: Value) -> list[Value]:
             *total, seen = state
             stop = (start + flush).at_most(whole)
-            state = [*[zero] * 3, seen]
-            if self.plain and not self.v.grad:
-                start, state = loop(start, stop, 2 * LANES, state, add_pair)
-            _, (*parts, seen) = loop(start, stop, LANES, state, lambda c, *s: add(c, s))
+            none = [*[zero] * 3, seen]
+            c, parts = loop(start, stop, 2 * LANES, none, add_pair) if self.plain and not self.v.grad else (start, none)
+            _, (*parts, seen) = loop(c, stop, LANES, parts, lambda c, *s: add(c, s))
             return [*(t + part.to(F64) for t, part in zip(total, parts, strict=True)), seen]
 
         whole = self.classes & -LANES

@@ -13,7 +13,7 @@ from typing import Any
 from . import storage
 from .softmax_math import SoftmaxKernel
 from .targets import LIVE
-from .values import F32, F64, I64, LANES, SIZE, Value, full, loop, when
+from .values import F32, F64, LANES, SIZE, Value, full, loop, when
 from .vecmath import ShiftedExp, log_of_normal, scaled_log
 
 # A sum outside 1 / MAX_SUM .. MAX_SUM may lack what is too small beside the reference, or be infinite.
@@ -41,7 +41,7 @@ class SharedReferenceKernel(SoftmaxKernel):
 
     @abstractmethod
     def again(self, i: Value, j: Value) -> tuple[Value, Value]:
-        """Samples i .. i + 16 relative to their own maxima: these, and the sums. Scratch is as `exponentiate` has it."""
+        """Samples i .. i + 16 relative to their own maxima: these, and the sums. Scratch is written anew."""
 
     @abstractmethod
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from .values import I1, LANES, SIZE, Value, full_of, joined
+from .values import F32, I1, LANES, SIZE, Value, full_of, joined
 
 QUAD = 4  # lanes of a group, vectors of a quad
 GROUPS = range(LANES // QUAD)
@@ -55,7 +55,7 @@ def folded(quad: Sequence[Value], combine: Callable[[Value, Value], Value]) -> V
 
 
 def folded_rows(rows: Sequence[Value]) -> Value:
-    """Sixteen vectors to one: lane r has the sum of the lanes of vector r. 15 additions, a select and a shuffle each."""
+    """Sixteen vectors to one: lane r has the sum of the lanes of vector r. 15 additions, two shuffles each."""
     distance = LANES // 2
     rows = list(rows)
     while distance:
@@ -92,6 +92,72 @@ def store_quad(address: Value, step: int | Value, quad: Sequence[Value], write: 
             (address + (QUAD * q + j) * step).store(_part(raw, q))
 
 
+# ---- without quads: one shuffle of AVX-512 takes any lanes of two vectors of float32
+
+
+def _factor(classes: int) -> int:
+    """The least prime factor."""
+    return next(k for k in range(2, classes + 1) if classes % k == 0)
+
+
+def _shuffles(classes: int) -> int:
+    """How many shuffles `_unzipped` takes for so many vectors, and `_zipped`."""
+    if classes == 1:
+        return 0
+    factor = _factor(classes)
+    return classes * (factor - 1) + factor * _shuffles(classes // factor)
+
+
+def _by_lanes(classes: int, like: Value) -> bool:
+    """Whether whole vectors are shuffled rather than quads: those take 20 shuffles and insertions each, of
+    which two are as fast as one of these."""
+    if like.elem != F32 or not like.may_use("avx512"):
+        return False
+    return classes < QUAD or 2 * _shuffles(classes) < 20 * len(starts(classes))
+
+
+def _gathered(vectors: Sequence[Value], places: Sequence[Place]) -> Value:
+    """A vector whose lane k is what lies at `places[k]`: which vector, which of its lanes."""
+    first, *others = sorted({v for v, _ in places})
+    out = vectors[first].shuffle(None, [lane if v == first else 0 for v, lane in places])
+    for k in others:
+        out = out.shuffle(vectors[k], [LANES + lane if v == k else at for at, (v, lane) in enumerate(places)])
+    return out
+
+
+def _unzipped(vectors: Sequence[Value]) -> list[Value]:
+    """Sixteen rows, one behind the other, as a vector for each class."""
+    classes = len(vectors)
+    if classes == 1:
+        return list(vectors)
+    factor = _factor(classes)
+    each = classes // factor
+    parts = []
+    for k in range(factor):  # every factor-th element from the k-th on: rows of the classes k, k + factor, ...
+        places = [[divmod((LANES * v + lane) * factor + k, LANES) for lane in range(LANES)] for v in range(each)]
+        parts.append(_unzipped([_gathered(vectors, row) for row in places]))
+    return [parts[c % factor][c // factor] for c in range(classes)]
+
+
+def _zipped(vectors: Sequence[Value]) -> list[Value]:
+    """The reverse of `_unzipped`."""
+    classes = len(vectors)
+    if classes == 1:
+        return list(vectors)
+    factor = _factor(classes)
+    parts = [vector for k in range(factor) for vector in _zipped(vectors[k::factor])]
+    each = classes // factor
+
+    def place(element: int) -> Place:
+        k, lane = divmod(element // factor, LANES)
+        return element % factor * each + k, lane
+
+    return [_gathered(parts, [place(LANES * v + lane) for lane in range(LANES)]) for v in range(classes)]
+
+
+# ---- by either
+
+
 def starts(classes: int) -> list[int]:
     """First classes of the quads that cover a row of at least four; the last one may overlap the one before it."""
     return [*range(0, classes - QUAD, QUAD), classes - QUAD]
@@ -100,6 +166,9 @@ def starts(classes: int) -> list[int]:
 def load_classes(address: Value, classes: int, elem: ir.Type, read: Convert) -> list[Value]:
     """A vector for each class of sixteen rows that lie one behind the other; nothing else is read."""
     size = SIZE[elem]
+    whole = [read((address + c * LANES * size).load(elem, LANES)) for c in range(classes)]
+    if _by_lanes(classes, whole[0]):
+        return _unzipped(whole)
     if classes < QUAD:
         chunks = _load_chunks(address, classes, elem, read)
         return [_picked(chunks, [divmod(classes * j + c, QUAD) for j in range(QUAD)]) for c in range(classes)]
@@ -113,6 +182,10 @@ def load_classes(address: Value, classes: int, elem: ir.Type, read: Convert) -> 
 def store_classes(address: Value, vectors: Sequence[Value], elem: ir.Type, write: Convert) -> None:
     """The reverse of `load_classes`."""
     classes, size = len(vectors), SIZE[elem]
+    if _by_lanes(classes, vectors[0]):
+        for c, vector in enumerate(_zipped(vectors)):
+            (address + c * LANES * size).store(write(vector))
+        return
     if classes < QUAD:
         for k in range(classes):
             places = [divmod(QUAD * k + p, classes)[::-1] for p in range(QUAD)]

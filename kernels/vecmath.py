@@ -484,8 +484,8 @@ class ShiftedExp:
     def watched(self, x: Value, seen: Value) -> tuple[Value, Value, Value]:
         """`factors`, and the integers `seen` with what `overflowed` must know of x; not with `capped`. One instruction,
         as the ceiling is, but none of those that fused multiply-adds wait for."""
-        *factors, bits = self._parts(x)
-        return (*factors, seen | bits)
+        p, scale, bits = self._parts(x)
+        return p, scale, seen | bits
 
     def overflowed(self, seen: Value) -> Value:
         """Whether any x was NaN, or so far above that its result means nothing."""
@@ -500,7 +500,8 @@ class ShiftedExp:
 
 
 def scaled_log(s: Value, shifted: ShiftedExp, z: Value) -> tuple[Value, Value]:
-    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, m in [0.75, 1.5), for positive normal float32.
+    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, with m in [0.75, 1.5); s is a positive normal
+    float32.
 
     Where s is and the reference are makes no difference: their powers of 2 are one integer, which meets z unrounded.
     """
