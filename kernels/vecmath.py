@@ -500,10 +500,10 @@ class ShiftedExp:
 
 
 def scaled_log(s: Value, shifted: ShiftedExp, z: Value) -> tuple[Value, Value]:
-    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, with m in [0.75, 1.5); s is a positive normal
-    float32.
+    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, m in [0.75, 1.5).
 
-    Where s is and the reference are makes no difference: their powers of 2 are one integer, which meets z unrounded.
+    s is a positive normal float32.
+    Where it and the reference are makes no difference: their powers of 2 are one integer, which meets z unrounded.
     """
     k = FORMATS[F32]
     e, m = _split(s)

@@ -56,8 +56,8 @@ TILE_BYTES = 32 * 1024
 MAX_TILE = 256
 # Rows with no more classes than this are transposed: 2.3 times as fast as row by row at 32, 1.2 at 64, even at 100.
 MAX_SHORT = 64
-# Classes of which rows without options are taken as if there were no rows: 1.1 times as fast as transposed at 21, 1.6 at
-# 64, and 1.8 times as fast as row by row at 100, 1.3 at 256.
+# Rows of so many classes, without options, are taken as if there were no rows: 1.1 times as fast as transposed at 21,
+# 1.6 at 64, and 1.8 times as fast as row by row at 100, 1.3 at 256.
 MIN_FLAT, MAX_FLAT = 17, 256
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096

@@ -18,7 +18,7 @@ from numba.cuda.simulator.kernelapi import Dim3
 from .device import WARP
 
 
-class Thread(greenlet):  # type: ignore[misc]
+class Thread(greenlet):
     """A CUDA thread."""
 
     def __init__(self, block: Block, number: int, place: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class Thread(greenlet):  # type: ignore[misc]
         return found
 
 
-class Block(_numba.BlockManager):  # type: ignore[misc]
+class Block(_numba.BlockManager):
     """The threads of a block."""
 
     def run(self, grid_point: Sequence[int], *arguments: Any) -> None:
