@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks, dispatch, plans, runtime
+from . import checks, dispatch, memory, plans, runtime
 from .arrays import View
 from .backends.cpu import Task
 from .backends.layout import as_floats
@@ -278,8 +278,8 @@ def memory_dtype(dtype: str) -> np.dtype[Any]:
 def empty_like(array: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
     """New native memory, laid out like `array` where the shape is its own."""
     if array.shape == shape and 0 not in array.strides:
-        return np.empty_like(array, dtype=memory_dtype(dtype), subok=False)
-    return np.empty(shape, memory_dtype(dtype))
+        return memory.empty_like(array, memory_dtype(dtype))
+    return memory.empty(shape, memory_dtype(dtype))
 
 
 def prototype(array: np.ndarray) -> np.ndarray:

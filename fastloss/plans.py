@@ -18,6 +18,7 @@ import numpy as np
 from . import dispatch, runtime
 from .backends.cpu import Task
 from .kernels.entry import OVER_COUNT, OVER_ROWS, OVER_WEIGHT, SUM
+from .memory import LARGE, empty_like
 from .reductions import rounded
 
 if TYPE_CHECKING:
@@ -171,13 +172,14 @@ def with_arrays(
     x_address, y_address = (_same if arrays else adapter.address for adapter in adapters)
     wraps = [adapter.wrap for adapter in adapters]
     dtype, number, gradients = how.dtype, how.reduction != "none", counted is not None
+    makers = [np.empty_like if m.prototype.nbytes < LARGE else empty_like for m in memory]
 
     def run(x: Any, y: Any, *brought: Any) -> Any:
         for out in brought:
             if not out.flags.writeable or any(a is not out and np.may_share_memory(out, a) for a in (x, y)):
                 return None
         rest = iter(brought)
-        made = [next(rest) if m.given else np.empty_like(m.prototype) for m in memory]
+        made = [next(rest) if m.given else make(m.prototype) for m, make in zip(memory, makers, strict=True)]
         value = launch(x_address(x), y_address(y), *made)
         if value is None:
             return None
