@@ -9,7 +9,7 @@ from .compiler import Variant
 from .softmax_flat import FlatKernel
 from .softmax_planes import PlanesKernel
 from .softmax_rows import KEPT_LOGITS, RowsKernel
-from .softmax_samples import ShortKernel, TileKernel
+from .softmax_samples import GATHERED, ShortKernel, TileKernel
 from .values import CACHE_LINE, F32, LANES, SIZE, Value
 
 KERNELS = {"flat": FlatKernel, "planes": PlanesKernel, "rows": RowsKernel, "tile": TileKernel, "short": ShortKernel}
@@ -36,7 +36,7 @@ class SoftmaxVariant(Variant):
     # Classes are one shard of the whole. Without `grad` each sample's state is written: losses, lse and mass, float64.
     # With it the whole's lse, `merged`, is given, and `pull`, what the whole's softmax counts for in the gradient.
     shard: bool = False
-    stream: bool = False  # `grad` goes past the caches; not with "short"
+    stream: bool = False  # `grad` goes past the caches; not with "short" where `few` is 0
 
     @property
     def plain(self) -> bool:
@@ -64,6 +64,8 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
         return (classes + 1 if variant.grad else 1) * tile * SIZE[F32]
     if variant.layout == "tile":
         return classes * tile * storage.itemsize(variant.compute)
+    if variant.layout == "short" and variant.few and variant.stream:
+        return classes * GATHERED * storage.itemsize(variant.compute)
     if variant.layout == "short" and not variant.few:
         return classes * LANES * storage.itemsize(variant.compute) * (2 if variant.probabilities else 1)
     return 0

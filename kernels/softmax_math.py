@@ -160,6 +160,21 @@ class SoftmaxKernel:
         own = t >= 0
         return own.select(z, 0.0), own.select(z.to(F64).lift(1.0) if weight is None else weight.to(F64), 0.0)
 
+    def picked(self, i: Value, usual: Value) -> Value:
+        """The target's logit of each of sixteen samples; of those that do not live, any."""
+        elem = storage.MEMORY[self.v.logits]
+        x = self.a["logits"] + i * self.a["logits_row"]
+
+        def pick(index: Callable[[Value], Value]) -> list[Value]:
+            found = full(self.b, elem, LANES)
+            for k in range(LANES):
+                at = x + k * self.a["logits_row"] + index(i + k) * self.a["logits_step"]
+                found = found.with_lane(k, at.load(elem))
+            return [found]
+
+        (found,) = when(usual, lambda: pick(self.targets.unchecked), lambda: pick(self.targets.clamped))
+        return storage.widened(found, self.v.logits, self.type)
+
     def column(self, elem: ir.Type, count: int = LANES) -> Value:
         """The address of scratch for `count` numbers."""
         with self.b.goto_entry_block():
@@ -186,15 +201,15 @@ class SoftmaxKernel:
     # writing
 
     def write_out(self, source: Value, target: Value, count: Value) -> None:
-        """Write so many float32 gradients, where they lie in scratch, to memory: past the caches in whole aligned
-        vectors, if at all."""
+        """Write so many gradients, which lie in scratch in the compute type, to memory: if past the caches, in whole
+        aligned vectors."""
         kind, stream = self.v.grad or "", self.v.stream
         size = storage.itemsize(kind)
 
         def some(many: int, lanes: int = LANES) -> Callable[[Value], None]:
             def turn(k: Value) -> None:
                 for place in (k + j * lanes for j in range(many)):
-                    number = (source + place * SIZE[F32]).load(F32, lanes)
+                    number = (source + place * SIZE[self.type]).load(self.type, lanes)
                     storage.store(target + place * size, number, kind, stream and lanes > 1)
 
             return turn

@@ -21,6 +21,7 @@ MAX_COMPARED = 4  # of which a target's logit is picked by comparisons, not by l
 # Samples whose sums are multiplied, 64 in a lane or a tile's 16: the products of numbers up to 4,096 stay finite.
 PRODUCT = 64 * LANES
 UNROLL = 4  # classes of one turn of a loop
+GATHERED = 64  # rows whose gradients leave together, past the caches: what does not fill whole lines there is rare
 
 Body = Callable[..., Sequence[Value]]
 
@@ -168,7 +169,7 @@ class SamplesKernel(SoftmaxKernel):
             fate, usual = within(left).zext(I32), left >= LANES
         else:
             t, fate, usual = self.targets.sixteen(i, left)
-            z = self.logit(self.pick(classes, t, i)).to(self.wide)
+            z = self.logit(self.pick(classes, t, i, usual)).to(self.wide)
             weight = self.weights_of(t.at_least(0) if self.v.shard else t)
         upstream = (self.a["upstream"] + 8 * i).load(F64, LANES).to(self.wide) if self.v.upstream else None
         pull = merged = None
@@ -211,8 +212,8 @@ class SamplesKernel(SoftmaxKernel):
         more = () if self.plain else (one if samples.weight is None else samples.weight, loss.z)
         return self.add_samples(state, fate, usual, loss.loss, *more)
 
-    def pick(self, classes: Classes, t: Value, i: Value) -> Value:
-        """What `held` says of each sample's own class t."""
+    def pick(self, classes: Classes, t: Value, i: Value, usual: Value) -> Value:
+        """What `held` says of each sample's own class t; all of them live if `usual`."""
         return classes.pick(t, self.targets, i)
 
     def coming(self, i: Value, c: Value) -> None:
@@ -344,6 +345,10 @@ class TileKernel(SamplesKernel):
 class ShortKernel(SamplesKernel):
     """Few classes, side by side for each sample: transposed, into registers or through scratch."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a["logits_step"] = Value(self.b, I64(storage.itemsize(self.v.logits)))
+
     def emit(self) -> None:
         """Write the kernel's body."""
         rounded = (self.n + (LANES - 1)) & -LANES
@@ -377,19 +382,28 @@ class ShortKernel(SamplesKernel):
 
         out = self.group(i, first, probability, write, state)
         for name, classes in (("grad", first), ("grad_target", second)):
-            if getattr(self.v, name) and classes is not None:
+            if name == "grad" and self.v.stream and isinstance(first, InRegisters):
+                self.gather(i, first)
+            elif getattr(self.v, name) and classes is not None:
                 self.write_rows(name, i, classes)
         return out
 
-    def pick(self, classes: Classes, t: Value, i: Value) -> Value:
+    def gather(self, i: Value, classes: InRegisters) -> None:
+        """Add gradients to those of the rows before, in scratch; write these out when there are enough of them."""
+        before = i & (GATHERED - 1)
+        row = self.a["grad_row"] // storage.itemsize(self.v.grad or "") * SIZE[self.type]
+        store_classes(self.a["scratch"] + before * row, classes.vectors, self.type, lambda vector: vector)
+
+        def write_out() -> None:
+            target = self.a["grad"] + (i - before) * self.a["grad_row"]
+            self.write_out(self.a["scratch"], target, (before + LANES) * self.classes)
+
+        when((before == GATHERED - LANES) | (i + LANES >= self.n), write_out)
+
+    def pick(self, classes: Classes, t: Value, i: Value, usual: Value) -> Value:
         if self.v.few and self.v.few <= MAX_COMPARED:
             return classes.pick(t, self.targets, i)
-        size, kind = storage.itemsize(self.v.logits), self.v.logits
-        found = full(self.b, storage.MEMORY[kind], LANES)
-        for k in range(LANES):
-            at = self.a["logits"] + (i + k) * self.a["logits_row"] + self.targets.clamped(i + k) * size
-            found = found.with_lane(k, at.load(storage.MEMORY[kind]))
-        return self.held(storage.widened(found, kind, self.type))
+        return self.held(self.picked(i, usual))
 
     def place(self, c: Value, array: int) -> Value:
         """Where class c of the logits, 0, or of the probabilities, 1, lies in scratch."""

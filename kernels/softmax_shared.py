@@ -7,7 +7,7 @@ sixteen is then done again, each sample relative to its own maximum.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from . import storage
@@ -115,18 +115,3 @@ class SharedReferenceKernel(SoftmaxKernel):
             self.keep(i, j, t, share, live.select(sums, 0.0), usual)
         (rest,) = when(usual, lambda: [rest], lambda: [live.select(rest, 1.0)])
         return [*self.add_samples(state, fate, usual, linear), product * rest.to(F64)]
-
-    def picked(self, i: Value, usual: Value) -> Value:
-        """The target's logit of each of sixteen samples; of those that do not live, any."""
-        elem = storage.MEMORY[self.v.logits]
-        x = self.a["logits"] + i * self.a["logits_row"]
-
-        def pick(index: Callable[[Value], Value]) -> list[Value]:
-            found = full(self.b, elem, LANES)
-            for k in range(LANES):
-                at = x + k * self.a["logits_row"] + index(i + k) * self.a["logits_step"]
-                found = found.with_lane(k, at.load(elem))
-            return [found]
-
-        (found,) = when(usual, lambda: pick(self.targets.unchecked), lambda: pick(self.targets.clamped))
-        return storage.widened(found, self.v.logits, F32)

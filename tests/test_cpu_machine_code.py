@@ -60,7 +60,11 @@ KERNELS = {
     "cross_entropy, wide rows": softmax("rows"),
     "cross_entropy, wide rows, bfloat16": softmax("rows", "bfloat16"),
     "cross_entropy, wide rows, gradient": softmax("rows", grad="float32"),
-    "cross_entropy, classes apart": softmax("tile"),
+    "cross_entropy, some classes": softmax("flat"),
+    "cross_entropy, some classes, gradient": softmax("flat", grad="float32"),
+    "cross_entropy, classes apart": softmax("planes"),
+    "cross_entropy, classes apart, gradient": softmax("planes", grad="float32"),
+    "cross_entropy, classes apart, softcap": softmax("tile", softcap=True),
 }
 
 

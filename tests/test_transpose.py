@@ -7,7 +7,7 @@ import pytest
 
 from fastloss.kernels import storage, transpose
 from fastloss.kernels.compiler import callable_of
-from fastloss.kernels.values import I64, LANES, SIZE, Value
+from fastloss.kernels.values import F32, I64, LANES, SIZE, Value
 
 GUARD = 16  # elements on either side of the memory that may be written
 CLASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16)
@@ -101,6 +101,18 @@ def test_folded_combines_each_rows_four(kind: str) -> None:
 
     run(emit, rows, out)
     np.testing.assert_array_equal(out, [rows.sum(1), rows.max(1)])
+
+
+def test_folded_rows_adds_each_vector_into_its_lane() -> None:
+    vectors = np.random.default_rng(0).integers(-1000, 1000, (LANES, LANES)).astype(np.float32)
+    out = np.zeros(LANES, np.float32)
+
+    def emit(source: Value, target: Value) -> None:
+        rows = [(source + r * vectors.itemsize * LANES).load(F32, LANES) for r in range(LANES)]
+        target.store(transpose.folded_rows(rows))
+
+    run(emit, vectors, out)
+    np.testing.assert_array_equal(out, vectors.sum(1))
 
 
 @pytest.mark.parametrize("classes", [4, 5, 8, 21, 31])

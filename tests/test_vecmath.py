@@ -17,7 +17,7 @@ import pytest
 from llvmlite import ir
 
 from fastloss.kernels import compiler, vecmath
-from fastloss.kernels.values import F32, F64, I8, I32, I64, LANES, SIZE, Value, full, iota, loop
+from fastloss.kernels.values import F32, F64, I8, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop
 
 ELEMENT = {np.float32: F32, np.float64: F64}
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -312,6 +312,38 @@ def test_shifted_exp_saturates(dtype: type) -> None:
         np.testing.assert_array_equal(run(below, count)[0], 0)
         payload = np.array([0x7FC001FF], np.uint32).view(np.float32) if dtype == np.float32 else [NAN]
         assert np.isnan(run(np.array([NAN, *payload], dtype), count)[0]).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("short", [True, False])
+def test_shifted_exp_tells_what_is_too_large(dtype: type, short: bool) -> None:
+    """Without a ceiling; among fifteen numbers that are not."""
+    elem, size = ELEMENT[dtype], SIZE[ELEMENT[dtype]]
+
+    def emit(source: Value, target: Value, n: Value, count: Value) -> None:
+        exp = vecmath.ShiftedExp(count.load(elem), short, capped=False)
+
+        def each(i: Value) -> None:
+            nothing = full(n.b, INT_OF[elem], LANES)
+            _, _, seen = exp.watched((source + i * size).load(elem, LANES), nothing)
+            (target + i).store(exp.overflowed(seen).zext(I8))
+
+        loop(Value(n.b, I64(0)), n, LANES, [], each)
+
+    call = compiler.callable_of(emit, 4, ("overflowed", dtype.__name__, short))
+    largest, bias = float(np.finfo(dtype).max), 127 if dtype == np.float32 else 1023
+    ln2 = float(np.log(2))
+    for count in COUNTS[dtype]:
+        reference = count * ln2
+        fine = [reference + d for d in (0, 20, -20, -2000, 0.98 * bias * ln2)] + [-largest, -INF]
+        wrong = [reference + d for d in (1.02 * bias * ln2, 200 + bias, 2.0**20 + bias)]
+        wrong += [1e30, largest, INF, NAN, -NAN]
+        x = np.full((len(fine) + len(wrong), LANES), reference, dtype)
+        x[np.arange(len(x)), np.arange(len(x)) % LANES] = [*fine, *wrong]
+        found = np.zeros((len(x), LANES), np.uint8)
+        k = np.array([count], dtype)
+        call(x.ctypes.data, found.ctypes.data, x.size, k.ctypes.data)
+        np.testing.assert_array_equal(found[:, 0], [0] * len(fine) + [1] * len(wrong), err_msg=f"count {count}")
 
 
 @DTYPES

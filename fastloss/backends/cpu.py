@@ -276,7 +276,8 @@ def softmax_task(
             record[DIRECT] &= int(samples.total == 1 or record[-1] == classes * record[ITEMSIZE])
     per_chunk = chunk_of(logits.size) // classes
     per_chunk = max(1, per_chunk) if layout == "rows" else max(LANES, per_chunk // LANES * LANES)
-    stream = layout != "short" and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
+    streams = layout != "short" or few > 0
+    stream = streams and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
     variant = softmax_variant(layout, few, *options, stream)
     tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
     if layout in BLOCKS:
