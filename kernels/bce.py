@@ -5,7 +5,7 @@ Computed on s, the lesser of x and 1 - x, and its share of the target: share log
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import bce_logs, fma, in_unit_interval, minimum, quotient, variance, where
+from .vecmath import bce_logs, fma, in_unit_interval, minimum, outside_unit_interval, quotient, variance, where
 
 
 def value(x: Value, y: Value) -> Value:
@@ -31,4 +31,4 @@ def grad_target(x: Value, y: Value) -> Value:
     return where(x > 0.5, difference, -difference)
 
 
-BCE = Pointwise("bce", value, grad, grad_target, summand=summand, valid=in_unit_interval)
+BCE = Pointwise("bce", value, grad, grad_target, summand=summand, valid=in_unit_interval, suspect=outside_unit_interval)
