@@ -43,8 +43,10 @@ def scaled(g: Value, scale: Value, wide: bool) -> Value:
     if g.elem == F64 or wide:
         return g.to(F64) * scale
     high = scale.to(F32)
-    low = (scale - high.to(F64)).to(F32)
-    return g.fma(high, (abs(g) < float("inf")).select(g * low, 0.0))
+    # High is nearer to 0, so that low has its sign: with another one, or as 0, it made NaN of an infinite gradient.
+    outward = (high * (scale - high.to(F64)).to(F32) <= 0.0) & (high != 0.0)
+    high = outward.select((high.bits(I32) - 1).bits(F32), high)
+    return g.fma(high, g * (scale - high.to(F64)).to(F32))
 
 
 @dataclass(frozen=True, eq=False)

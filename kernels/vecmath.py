@@ -99,7 +99,8 @@ ATANH = [0.6666666666667271, 0.399999999961603, 0.2857142939550783, 0.2222213846
 
 # (log(1 + f) - f) / f**2 where tables of AVX-512 leave only a small f, errors relative to the logarithm looked for
 LOG_LOOKED_UP = [-0.5000123381614685, 0.33332255482673645]  # BCE's two, |f| <= 1/60: 3.3e-8
-LOG1P_LOOKED_UP = [-0.5000000596046448, 0.33360350131988525, -0.25035881996154785]  # |f| <= 1/24: 7.5e-9
+SOFTPLUS_LOOKED_UP = [-0.5000000596046448, 0.33360350131988525, -0.25035881996154785]  # |f| <= 1/24: 7.5e-9
+
 
 Emitter = Callable[[Value], Any]
 
@@ -444,7 +445,7 @@ def log1p_exp_neg_plus(a: Operand, x: Operand, y: Operand) -> Any:
     k = FORMATS[a.elem]
     if a.may_use("avx512"):
         f, _, log_c = _log1p_exp_neg_looked_up(a)
-        return x.fma(y, f.fma(horner(f, [1.0, *LOG1P_LOOKED_UP]), log_c))
+        return x.fma(y, f.fma(horner(f, [1.0, *SOFTPLUS_LOOKED_UP]), log_c))
     u = exp_neg(a)
     upper = u > 0.5  # as above
     f = upper.select(u.fma(0.5, -0.5), u)
@@ -508,25 +509,6 @@ def _bce_logs_of_arrays(np: Any, s: Any) -> tuple[Any, Any, Any]:
         return np.maximum(np.log(s), -100), 0.0 * s, np.log1p(-s)
 
 
-def _bce_logs_looked_up(s: Value) -> tuple[Value, Value]:
-    """max(log(s), -100) and log(1 - s) in float32 by AVX-512: s = 2**e m, and log m = log(1 + f) - log c for
-    m c = 1 + f, c near 1 / m from a table; log(1 - s) likewise."""
-    k = FORMATS[F32]
-    e, m = _avx512("getexp", s), _avx512("getmant", s, immediate=0)  # m in [1, 2)
-    inverses, logs = _inverses(tuple(1 + (j + 0.5) / 32 for j in range(32)))
-    index = m.bits(I32) >> (k.mantissa - 5)
-    f = m.fma(_entry(inverses, index).bits(F32), -1.0)
-    # e * short is exact. Both parts of ln 2 are positive: of 0, whose e is -inf, the sum is then -inf.
-    short = 11356 / 2**14
-    low = e.fma(math.log(2) - short, _entry(logs, index).bits(F32))
-    log_s = e.fma(short, f.fma(horner(f, [1.0, *LOG_LOOKED_UP]), low)).at_least(-100.0)
-    inverses, logs = _inverses(tuple(1 - j / 62 for j in range(32)))
-    index = s.fma(62.0, k.magic).bits(I32)
-    c = _entry(inverses, index).bits(F32)
-    f = (-s).fma(c, -(1.0 - c))  # -0.0 at 0, as the logarithm then is
-    return log_s, (f * f).fma(horner(f, LOG_LOOKED_UP), f + _entry(logs, index).bits(F32))
-
-
 @on_arrays(_bce_logs_of_arrays)
 def bce_logs(s: Value) -> tuple[Value, Value, Value]:
     """high, low, rest: high + low = max(log(s), -100), rest = log(1 - s) for s in [0, 1/2]; anything for other s.
@@ -541,9 +523,6 @@ def bce_logs(s: Value) -> tuple[Value, Value, Value]:
         rest = _log_sum(halved.select(s.lift(-1.0), -0.0), halved.select(s.fma(-2.0, 1.0), -s))
         high = _log_sum(e - k.precision, m - 1.0).at_least(-100.0)
         return high, s.lift(0.0), rest
-    if s.may_use("avx512"):
-        high, rest = _bce_logs_looked_up(s)
-        return high, s.lift(-0.0), rest
     # s = 2**e * (1 + f), as `_split` has it; far from the subnormal numbers, and e as a float times 2**23
     start, up = 0x3F3504F3, 48
     i = (s * 2.0**up).at_least(2.0**up * 3.720075976020836e-44).bits(I32) - (start + (up << k.mantissa))  # e**-100
@@ -554,6 +533,27 @@ def bce_logs(s: Value) -> tuple[Value, Value, Value]:
     rest = small.fma(even_odd(s, small, [c * (-1) ** n for n, c in enumerate(LOG_LOWER)]), -s)
     unit = 2.0**-k.mantissa
     return e * (k.ln2_short * unit), e.fma(k.ln2_short_low * unit, log_f), rest
+
+
+def bce_logs_short(s: Value) -> tuple[Value, Value, Value]:
+    """`bce_logs` for sums: by AVX-512 in two thirds of the instructions, and 1.6 and 1.4 ulp instead of 1.0 and 1.0.
+
+    s = 2**e m, and log m = log(1 + f) - log c for m c = 1 + f, c near 1 / m from a table; log(1 - s) likewise.
+    """
+    if s.elem == F64 or not s.may_use("avx512"):
+        return bce_logs(s)
+    k = FORMATS[F32]
+    e, m = _avx512("getexp", s), _avx512("getmant", s, immediate=0)  # m in [1, 2); of 0 e is -inf
+    inverses, logs = _inverses(tuple(1 + (j + 0.5) / 32 for j in range(32)))
+    index = m.bits(I32) >> (k.mantissa - 5)
+    f = m.fma(_entry(inverses, index).bits(F32), -1.0)
+    log_s = f.fma(horner(f, [1.0, *LOG_LOOKED_UP]), e.fma(k.ln2, _entry(logs, index).bits(F32)))
+    inverses, logs = _inverses(tuple(1 - j / 62 for j in range(32)))
+    index = s.fma(62.0, k.magic).bits(I32)
+    c = _entry(inverses, index).bits(F32)
+    f = (-s).fma(c, -(1.0 - c))  # -0.0 at 0, as the logarithm then is
+    rest = (f * f).fma(horner(f, LOG_LOOKED_UP), f + _entry(logs, index).bits(F32))
+    return log_s.at_least(-100.0), s.lift(-0.0), rest
 
 
 class ShiftedExp:

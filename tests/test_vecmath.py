@@ -52,9 +52,12 @@ def _sigmoid(x: Any) -> Any:
 HALF = {"bits": (0, 0x3F000000), "domain": (0.0, 0.5)}
 
 
-def _sum_of_bce_logs(s: Value) -> Value:
-    high, low, _ = vecmath.bce_logs(s)
-    return high + low
+def _sum_of(logs: Callable[[Value], tuple[Value, Value, Value]]) -> Callable[[Value], Value]:
+    def high_and_low(s: Value) -> Value:
+        high, low, _ = logs(s)
+        return high + low
+
+    return high_and_low
 
 
 def _log1p_exp_neg_plus(a: Value) -> Value:
@@ -74,9 +77,13 @@ CASES = {
     "softplus": Case(lambda x: np.maximum(x, 0) + np.log1p(np.exp(-abs(x))), 1.35, 1.45),
     "sigmoid": Case(_sigmoid, 1.6, 1.6),
     "tanh": Case(np.tanh, 1.6, 1.65),
-    "bce_logs_s": Case(lambda s: np.maximum(np.log(s), -100), 1.0, 1.0, **HALF, emit=_sum_of_bce_logs, looked_up=True),
-    "bce_logs_1ms": Case(
-        lambda s: np.log1p(-s), 1.4, 1.0, **HALF, emit=lambda s: vecmath.bce_logs(s)[2], looked_up=True
+    "bce_logs_s": Case(lambda s: np.maximum(np.log(s), -100), 1.0, 1.0, **HALF, emit=_sum_of(vecmath.bce_logs)),
+    "bce_logs_1ms": Case(lambda s: np.log1p(-s), 1.05, 1.0, **HALF, emit=lambda s: vecmath.bce_logs(s)[2]),
+    "bce_logs_short_s": Case(
+        lambda s: np.maximum(np.log(s), -100), 1.6, 1.0, **HALF, emit=_sum_of(vecmath.bce_logs_short), looked_up=True
+    ),
+    "bce_logs_short_1ms": Case(
+        lambda s: np.log1p(-s), 1.4, 1.0, **HALF, emit=lambda s: vecmath.bce_logs_short(s)[2], looked_up=True
     ),
 }  # fmt: skip
 FUNCTIONS = pytest.mark.parametrize("name", CASES)
@@ -206,6 +213,8 @@ SPECIAL = {
     "bce_logs_s": [(0.0, -100), (-0.0, -100), (0.5, -np.log(2)), (1e-44, -100)],
     "bce_logs_1ms": [(0.0, -0.0), (0.5, -np.log(2)), (1e-30, -1e-30)],
 }
+SPECIAL["bce_logs_short_s"] = [(0.0, -100), (-0.0, -100), (1e-44, -100)]
+SPECIAL["bce_logs_short_1ms"] = SPECIAL["bce_logs_1ms"]
 
 
 @DTYPES
