@@ -14,6 +14,7 @@ def value(x: Value, y: Value) -> Value:
 
 
 def summand(x: Value, y: Value) -> Value:
+    """NaN for infinite x, where the loss is 0 or infinite."""
     factor = where(signbit(x), y, 1 - y)
     return log1p_exp_neg_plus(abs(x), abs(x), factor)
 

@@ -71,9 +71,9 @@ CASES = {
     "log1p": Case(np.log1p, 0.95, 1.05, domain=(-1.0, INF)),
     "log1p_exp_neg": Case(lambda a: np.log1p(np.exp(-a)), 1.15, 1.3, (0, 0x7F800000), (0.0, INF)),
     "log1p_exp_neg_plus": Case(
-        lambda a: np.log1p(np.exp(-a)), 1.75, 1.3, (0, 0x7F800000), (0.0, INF), _log1p_exp_neg_plus, True
+        lambda a: np.log1p(np.exp(-a)), 1.95, 1.3, (0, 0x7F800000), (0.0, INF), _log1p_exp_neg_plus, True
     ),
-    "logistic_tail": Case(lambda a: 1 / (1 + np.exp(a)), 2.8, 2.8, (0, 0x7F800000), (0.0, INF), looked_up=True),
+    "logistic_tail": Case(lambda a: 1 / (1 + np.exp(a)), 2.45, 2.3, (0, 0x7F800000), (0.0, INF), looked_up=True),
     "softplus": Case(lambda x: np.maximum(x, 0) + np.log1p(np.exp(-abs(x))), 1.35, 1.45),
     "sigmoid": Case(_sigmoid, 1.6, 1.6),
     "tanh": Case(np.tanh, 1.6, 1.65),
@@ -83,7 +83,7 @@ CASES = {
         lambda s: np.maximum(np.log(s), -100), 1.6, 1.0, **HALF, emit=_sum_of(vecmath.bce_logs_short), looked_up=True
     ),
     "bce_logs_short_1ms": Case(
-        lambda s: np.log1p(-s), 1.4, 1.0, **HALF, emit=lambda s: vecmath.bce_logs_short(s)[2], looked_up=True
+        lambda s: np.log1p(-s), 1.45, 1.0, **HALF, emit=lambda s: vecmath.bce_logs_short(s)[2], looked_up=True
     ),
 }  # fmt: skip
 FUNCTIONS = pytest.mark.parametrize("name", CASES)
@@ -461,7 +461,8 @@ def test_unit_interval(dtype: type) -> None:
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_without_fma(name: str, dtype: type, rng: np.random.Generator) -> None:
-    """Compiled for the first x86-64 CPUs: no call, the same float32 bits (but of tables), float64 within half an ulp."""
+    """Compiled for the first x86-64 CPUs: no call, the same float32 bits but those of tables, float64 within half
+    an ulp more."""
     elem, apply, size = ELEMENT[dtype], function(name), SIZE[ELEMENT[dtype]]
 
     def emit(source: Value, target: Value, n: Value) -> None:
