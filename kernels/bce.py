@@ -5,7 +5,17 @@ Computed on s, the lesser of x and 1 - x, and its share of the target: share log
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import bce_logs, fma, in_unit_interval, minimum, quotient, variance, where
+from .vecmath import (
+    bce_logs,
+    bce_logs_short,
+    fma,
+    in_unit_interval,
+    minimum,
+    outside_unit_interval,
+    quotient,
+    variance,
+    where,
+)
 
 
 def value(x: Value, y: Value) -> Value:
@@ -15,7 +25,7 @@ def value(x: Value, y: Value) -> Value:
 
 
 def summand(x: Value, y: Value) -> Value:
-    high, low, rest = bce_logs(minimum(x, 1 - x))
+    high, low, rest = bce_logs_short(minimum(x, 1 - x))
     share = where(x > 0.5, 1 - y, y)
     return -fma(share, high, fma(share, low - rest, rest))
 
@@ -31,4 +41,4 @@ def grad_target(x: Value, y: Value) -> Value:
     return where(x > 0.5, difference, -difference)
 
 
-BCE = Pointwise("bce", value, grad, grad_target, summand=summand, valid=in_unit_interval)
+BCE = Pointwise("bce", value, grad, grad_target, summand=summand, valid=in_unit_interval, suspect=outside_unit_interval)

@@ -6,7 +6,7 @@ so the relative error stays within a few ulp down to the smallest loss, and at i
 
 from .pointwise import Pointwise, wide
 from .values import Value
-from .vecmath import exp_neg, fma, log1p_exp_neg, log1p_exp_neg_parts, quotient, reciprocal, signbit, where
+from .vecmath import exp_neg, log1p_exp_neg, log1p_exp_neg_plus, logistic_tail, reciprocal, signbit, where
 
 
 def value(x: Value, y: Value) -> Value:
@@ -14,15 +14,14 @@ def value(x: Value, y: Value) -> Value:
 
 
 def summand(x: Value, y: Value) -> Value:
-    high, low = log1p_exp_neg_parts(abs(x))
+    """NaN for infinite x, where the loss is 0 or infinite."""
     factor = where(signbit(x), y, 1 - y)
-    return fma(_unless_zero(factor, abs(x)), factor, low) + high
+    return log1p_exp_neg_plus(abs(x), abs(x), factor)
 
 
 def grad(x: Value, y: Value) -> Value:
-    e = exp_neg(abs(x))  # of which the loss has most already
     negative = signbit(x)
-    g = where(negative, y, 1 - y) - quotient(e, 1 + e)
+    g = where(negative, y, 1 - y) - logistic_tail(abs(x))  # of which the loss has most already
     return where(negative, -g, g)
 
 

@@ -19,4 +19,4 @@ def grad_target(x: Value, y: Value, delta: Value) -> Value:
     return grad(y, x, delta)
 
 
-HUBER = Pointwise("huber", value, grad, grad_target, wide=True, parameters=("delta",))
+HUBER = Pointwise("huber", value, grad, grad_target, wide=True, short_grads=True, parameters=("delta",))

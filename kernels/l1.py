@@ -16,4 +16,4 @@ def grad_target(x: Value, y: Value) -> Value:
     return sign(y - x)
 
 
-L1 = Pointwise("l1", value, grad, grad_target, wide=True)
+L1 = Pointwise("l1", value, grad, grad_target, wide=True, short_grads=True)

@@ -17,4 +17,4 @@ def grad_target(x: Value, y: Value) -> Value:
     return 2 * (y - x)
 
 
-MSE = Pointwise("mse", value, grad, grad_target, wide=True)
+MSE = Pointwise("mse", value, grad, grad_target, wide=True, short_grads=True)

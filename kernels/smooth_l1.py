@@ -7,7 +7,7 @@ from .vecmath import where
 
 def value(x: Value, y: Value, beta: Value) -> Value:
     d = abs(x - y)
-    return where(d < beta, 0.5 * d * d * (1 / beta), d - 0.5 * beta)
+    return where(d < beta, d * d * (0.5 / beta), d - 0.5 * beta)
 
 
 def grad(x: Value, y: Value, beta: Value) -> Value:
@@ -19,4 +19,4 @@ def grad_target(x: Value, y: Value, beta: Value) -> Value:
     return grad(y, x, beta)
 
 
-SMOOTH_L1 = Pointwise("smooth_l1", value, grad, grad_target, wide=True, parameters=("beta",))
+SMOOTH_L1 = Pointwise("smooth_l1", value, grad, grad_target, wide=True, short_grads=True, parameters=("beta",))

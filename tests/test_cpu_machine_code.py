@@ -33,6 +33,7 @@ MACHINES = {
 PACKED = r"v?(add|sub|mul|div|max|min|fn?m(add|sub)\w+)p[sd]\b|f(n?m(la|ls|ul)|add|sub|div|max|min)(nm)?(\.\d\w)?\s+v\d"
 SCALAR = r"v?(add|sub|mul|div|max|min|sqrt|fn?m(add|sub)\w+)s[sd]\b|f(n?m(add|sub|ul)|add|sub|div)\s+[sd]\d"
 CALL = r"callq?\b|blr?\b|bl\s"
+PREFETCH = r"prefetch|prfm"
 GATHER = r"v?p?gather|\bldr\s+[sd]\d+, \[x\d+, x\d+"
 
 
@@ -99,11 +100,13 @@ def arithmetic(code: list[str]) -> list[str]:
 
 
 def hot_loop(assembly: str, float32: bool = False) -> list[str]:
-    """The innermost loop with the most packed arithmetic, `float32`: of those without float64."""
+    """The innermost loop that asks for most memory ahead, of these that with the most packed arithmetic; `float32`: of
+    those without float64."""
     found = loops(assembly)
     if float32:
         found = [code for code in found if not any(re.search(r"^v?\w+pd\b|\.2d", line) for line in arithmetic(code))]
-    return max(found, key=lambda code: len(arithmetic(code)))
+    ahead = [sum(bool(re.match(PREFETCH, line)) for line in code) for code in found]
+    return max(zip(ahead, found, strict=True), key=lambda pair: (pair[0], len(arithmetic(pair[1]))))[1]
 
 
 @functools.cache

@@ -273,6 +273,16 @@ def test_l1_gradient_at_equality_and_nan() -> None:
     np.testing.assert_array_equal(grad, [0, -1, 1, NAN, NAN])
 
 
+@pytest.mark.parametrize("n", [2, 3, 1000])
+def test_infinite_gradients_stay_infinite(n: int) -> None:
+    """1 / n may be a float32 or not, and lie on either side of the nearest one."""
+    x, y = np.ones(n, np.float32), np.zeros(n, np.float32)
+    y[:2] = INF, -INF
+    _, grad = fastloss.value_and_grad(fastloss.binary_cross_entropy_with_logits)(x, y)
+    np.testing.assert_array_equal(grad[:2], [-INF, INF])
+    assert np.isfinite(grad[2:]).all()
+
+
 def test_bce_gradient_is_finite_at_the_ends() -> None:
     """(x - y) / max((1 - x) x, 1e-12): 1e12 at the worst."""
     x, y = np.array([0, 1, 0, 1], np.float64), np.array([1, 0, 0, 1], np.float64)

@@ -159,6 +159,22 @@ def test_bce_with_logits_at_infinity() -> None:
         np.testing.assert_array_equal(got, [0, INF, 0, INF, INF, INF])
 
 
+@pytest.mark.parametrize("place", [0, 700, 2003])
+def test_bce_sums_where_their_short_formulas_do_not_hold(place: int, rng: Rng) -> None:
+    """An infinite logit with the target that agrees adds nothing, -0.0 is a probability: the sum is done again."""
+    n = 2004
+    y = rng.random(n).astype(np.float32)
+    x = rng.standard_normal(n).astype(np.float32)
+    probability = rng.random(n).astype(np.float32)
+    x[place], probability[place], y[place] = -INF, -0.0, 0
+    for name, values in (("binary_cross_entropy_with_logits", x), ("binary_cross_entropy", probability)):
+        row = BY_ID[name]
+        others = row.function(np.delete(values, place), np.delete(y, place), reduction="sum")
+        np.testing.assert_allclose(row.function(values, y, reduction="sum"), others, rtol=3e-7)
+    y[place] = 1
+    assert BY_ID["binary_cross_entropy_with_logits"].function(x, y) == INF
+
+
 def test_bce_with_logits_keeps_the_small_tail() -> None:
     """log1p(exp(-37)) in float64 is 8.5e-17; 1 + exp(-37) would be 1."""
     got = BY_ID["binary_cross_entropy_with_logits"].function(np.array([-37.0]), np.array([0.0]), reduction="none")
