@@ -25,8 +25,9 @@ from fastloss.files import InputError
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LARGE = 1 << 23  # elements: past the sizes from which threads and streaming stores are used, in every dtype
 
-# Shapes (N, C) and (N, C, d) by class count; N and d follow from the number of elements. Each count up to 16, or 32 with
-# options, has kernels of its own, and so have short rows, long ones, and classes that lie apart. Indices are int64.
+# Shapes (N, C) and (N, C, d) by class count; N and d follow from the number of elements. Each count up to 16, of calls
+# with options up to 32, has kernels of its own, and so have short rows, long ones, and classes that lie apart. Class
+# indices are int64.
 CLASSES = (2, 10, 100, 1000)
 SEGMENTED_CLASSES = 21
 

@@ -189,15 +189,15 @@ def _shift_right(x: Value, bits: int) -> Value:
     return x._new(x.b.lshr(x.v, x.lift(bits).v))
 
 
-def _in_registers(emit: Callable[..., Value], *values: Value) -> Value:
-    """`emit`, which takes 512 bits of 32-bit numbers, on any number of lanes: fewer are repeated, more are cut."""
+def _in_registers(emit: Callable[..., Value], *values: Value, width: int = 16) -> Value:
+    """`emit`, which takes `width` 32-bit numbers, on any number of lanes: fewer are repeated, more are cut."""
     lanes = values[0].lanes
-    if lanes == 16:
+    if lanes == width:
         return emit(*values)
-    if lanes > 16:
-        cut = zip(*(value.parts(16) for value in values), strict=True)
+    if lanes > width:
+        cut = zip(*(value.parts(width) for value in values), strict=True)
         return joined([emit(*parts) for parts in cut])
-    whole = emit(*(value.splat(16).shuffle(None, [lane % lanes for lane in range(16)]) for value in values))
+    whole = emit(*(value.splat(width).shuffle(None, [k % lanes for k in range(width)]) for value in values))
     return whole.shuffle(None, range(lanes)) if lanes > 1 else whole.lane(0)
 
 
@@ -213,7 +213,10 @@ def _avx512(name: str, *operands: Value, immediate: int | None = None) -> Value:
 
 
 def _entry(numbers: Sequence[int], index: Value) -> Value:
-    """numbers[index % 32], int32 as index is, out of two registers of AVX-512."""
+    """numbers[index % len(numbers)], int32 as index is: 32 of them in two registers of AVX-512, or 8 in one of AVX2."""
+    if len(numbers) == 8:
+        table = full_of(index.b, I32, numbers)
+        return _in_registers(lambda part: table.named("llvm.x86.avx2.permd", part), index, width=8)
     low, high = (full_of(index.b, I32, numbers[k : k + 16]).held() for k in (0, 16))
     return _in_registers(lambda part: low.named("llvm.x86.avx512.vpermi2var.d.512", part, high), index)
 
@@ -259,20 +262,7 @@ def _looked_up_power_of_2(n: Value, size: int) -> Value:
     k, shift = FORMATS[F32], FORMATS[F32].mantissa - (size.bit_length() - 1)
     # the mantissas, less what the shifted n adds to them
     mantissas = [round((2 ** (j / size) - 1) * 2**k.mantissa) - (j << shift) for j in range(size)]
-    lanes = 16 if size > 8 else 8
-    tables = [full_of(n.b, I32, mantissas[j : j + lanes]).held() for j in range(0, size, lanes)]
-
-    def looked_up(index: Value) -> Value:
-        if index.lanes < lanes:
-            whole = index.splat(lanes).shuffle(None, [j % index.lanes for j in range(lanes)])
-            return looked_up(whole).shuffle(None, range(index.lanes)) if index.lanes > 1 else looked_up(whole).lane(0)
-        if index.lanes > lanes:
-            return joined([looked_up(part) for part in index.parts(lanes)])
-        if size == 8:
-            return tables[0].named("llvm.x86.avx2.permd", index)
-        return tables[0].named("llvm.x86.avx512.vpermi2var.d.512", index, tables[1])
-
-    return (looked_up(n) + (n << shift)).bits(F32)
+    return (_entry(mantissas, n) + (n << shift)).bits(F32)
 
 
 def _with_sign_of(x: Value, y: Value) -> Value:
@@ -487,10 +477,13 @@ def sigmoid(x: Value) -> Value:
     p, low, scale = _exp_neg(abs(x))
     u, negative = p * scale, x < 0.0
     below = u + 1.0
-    y = negative.select(u, 1.0) / below
-    # what the numerator and the denominator had lost: 1.56 ulp in float32, without it more than 2.3
+    above = negative.select(u, 1.0)
+    y = above / below
+    # what the quotient, the denominator and the numerator had lost: without it more than 2.3 ulp in float32
+    rest = (-y).fma(below, above)
     lost = low.fma(scale, 1.0 - below + u)
-    return y + y.fma(-lost, negative.select(low * scale, 0.0))
+    more = rest + y.fma(-lost, negative.select(low * scale, 0.0))
+    return more.fma(negative.select(1.0 - y, y), y)
 
 
 @on_arrays(lambda np, x: np.tanh(x))
