@@ -11,7 +11,7 @@ from typing import Any
 from . import storage
 from .compiler import Variant
 from .exact import add_lanes, two_sum
-from .values import F32, F64, I32, I64, LANES, Value, full, loop, when
+from .values import AHEAD, F32, F64, I32, I64, LANES, Value, full, loop, when
 from .vecmath import where
 
 Formula = Callable[..., Any]
@@ -22,6 +22,10 @@ Formula = Callable[..., Any]
 # bytes for the same work, and have every addition exact.
 GROUP = 8 * 16
 UNROLL = 2  # vectors side by side, instruction by instruction: neither waits for its own results alone
+
+# Bytes that are asked for before their use where each takes exponentials or logarithms: BCE of 2 x 128 MB on two cores
+# of Zen 4 reads at 0.92 of the memory's speed so, with `values.AHEAD` at 0.83.
+NEAR_AHEAD = 1536
 
 SHORT = {"float32", "float16", "bfloat16"}  # storages whose numbers float32 holds
 
@@ -116,6 +120,7 @@ class PointwiseVariant(Variant):
         slots = [(arrays + 8 * k).load(I64) for k in range(len(self.sources + self.sinks))]
         scale, *numbers = ((parameters + 8 * k).load(F64) for k in range(1 + len(self.loss.parameters)))
         extra = len(self.inputs)
+        ahead = AHEAD if self.loss.wide or self.domain else NEAR_AHEAD
         summand = self.loss.summand if compute == F32 and not self.weight and not self.domain else None
         suspect = self.loss.suspect if compute == F32 and not self.domain else None
 
@@ -124,7 +129,7 @@ class PointwiseVariant(Variant):
             name = self.sources[k]
             at = slots[k] + i * storage.itemsize(name)
             if lanes > 1:
-                at.prefetch_ahead(lanes * storage.itemsize(name))
+                at.prefetch_ahead(lanes * storage.itemsize(name), ahead)
             return storage.load(at, name, type_, lanes)
 
         def elements(i: Value, lanes: int, again: bool) -> tuple[Value, Value | None, Value | None]:

@@ -274,10 +274,10 @@ class Value:
         pointer = self.b.inttoptr(self.v, type_.as_pointer())
         return self._new(self.b.load(pointer, align=align or SIZE[elem], typ=type_))
 
-    def prefetch_ahead(self, nbytes: int) -> None:
-        """Ask for as much memory as is read at me, `AHEAD` bytes on."""
+    def prefetch_ahead(self, nbytes: int, ahead: int = AHEAD) -> None:
+        """Ask for as much memory as is read at me, `ahead` bytes on."""
         for k in range(0, nbytes, CACHE_LINE):
-            (self + (AHEAD + k)).prefetch()
+            (self + (ahead + k)).prefetch()
 
     def prefetch(self) -> None:
         """Ask for my cache line, which may lie beyond the end of an array."""
