@@ -33,6 +33,7 @@ QUICK_ROUNDS = 5
 FEWEST = 3
 SHORTEST, SHORTEST_IN_CACHE = 1e-3, 10e-3  # seconds of a turn: shorter calls are repeated
 PATIENCE = 1.0  # seconds that one contender's rounds may take: slower ones take part in fewer of them
+WAKING = 15e-3  # seconds that another core took to take part, at times, on a virtual machine
 UNTIMED = 0.1  # seconds: longer calls are not slowed by a pause before them, and need no untimed one
 SLOW = 2.0  # seconds: such a call is timed once
 LIMIT = "limit"
@@ -43,8 +44,8 @@ def measured(
 ) -> dict[str, list[float]]:
     """Seconds of each call, round by round, all contenders in turn; `known` are those of calls already made.
 
-    Other libraries' threads spin for a while, and the first parallel call after a sleep pays for waking a core: so
-    each turn is a sleep, an untimed call, and timed ones back to back for about `shortest` seconds.
+    Other libraries' threads spin for a while, and the first parallel calls after a sleep pay for waking a core: so
+    each turn is a sleep, `WAKING` seconds of untimed calls, and timed ones back to back for about `shortest` seconds.
     """
     once = {name: (known or {}).get(name) or _seconds(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, round(shortest / seconds)) for name, seconds in once.items()}
@@ -62,7 +63,10 @@ def measured(
                     continue
                 time.sleep(0.02)
                 if once[name] < UNTIMED:
+                    awake = time.perf_counter() + WAKING
                     call()
+                    while time.perf_counter() < awake:
+                        call()
                 times[name].append(_seconds(call, repeats[name]))
     finally:
         gc.enable()

@@ -11,13 +11,16 @@ from .values import F32, I32, LANES, Value, full, loop, when
 from .vecmath import ShiftedExp, exp
 
 UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
-# Logits of a block, which are read again one by one, for the targets; samples of it, a page of each class.
-BLOCK_LOGITS, MAX_BLOCK = 1 << 17, 4096
+# Logits of a block: memory is read in long pieces, which stay in L2 until the targets' have been picked. With a gradient
+# their exponentials wait there as well.
+BLOCK_LOGITS, WITH_GRADIENT = 1 << 17, 1 << 15
+MAX_BLOCK = 4096  # samples of a block, whose sums stay in L1
 
 
-def block_of(classes: int) -> int:
+def block_of(classes: int, gradient: bool) -> int:
     """How many samples make a block."""
-    return max(LANES, min(MAX_BLOCK, BLOCK_LOGITS // classes // LANES * LANES))
+    logits = WITH_GRADIENT if gradient else BLOCK_LOGITS
+    return max(LANES, min(MAX_BLOCK, logits // classes // LANES * LANES))
 
 
 class PlanesKernel(SharedReferenceKernel):

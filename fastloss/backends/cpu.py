@@ -63,9 +63,6 @@ MIN_FLAT, MAX_FLAT = 17, 256
 MAX_TILE_CLASSES = 4096
 
 
-# Samples of a block, where all of it has one reference.
-BLOCKS = {"flat": softmax_flat.block_of, "planes": softmax_planes.block_of}
-
 # A variant and its hash take 10 us to make, and a program uses few: they are kept, looked up by their fields.
 pointwise_variant = cache(PointwiseVariant)
 softmax_variant = cache(SoftmaxVariant)
@@ -280,8 +277,10 @@ def softmax_task(
     stream = streams and grad is not None and grad.nbytes >= STREAM_BYTES and bool(table[GRAD][DIRECT])
     variant = softmax_variant(layout, few, *options, stream)
     tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
-    if layout in BLOCKS:
-        tile = BLOCKS[layout](classes)
+    if layout == "flat":
+        tile = softmax_flat.block_of(classes)
+    elif layout == "planes":
+        tile = softmax_planes.block_of(classes, grad is not None)
     template = _template(classes, weight, ignore_index)
     template[ARRAYS.index("tile")] = tile
     template[ARRAYS.index("scratch")] = scratch_bytes(variant, classes, tile)
