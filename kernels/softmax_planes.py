@@ -11,8 +11,8 @@ from .values import F32, I32, LANES, Value, full, loop, when
 from .vecmath import ShiftedExp, exp
 
 UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
-# Logits of a block: memory is read in long pieces, which stay in L2 until the targets' have been picked. With a gradient
-# their exponentials wait there as well.
+# Logits of a block: memory is read in long pieces, which stay in L2 until the targets' have been picked. With a
+# gradient their exponentials wait there as well.
 BLOCK_LOGITS, WITH_GRADIENT = 1 << 17, 1 << 15
 MAX_BLOCK = 4096  # samples of a block, whose sums stay in L1
 
