@@ -9,7 +9,7 @@ from typing import Any
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import QUAD, folded_rows
 from .values import CACHE_LINE, F32, I32, I64, LANES, Value, full, iota, loop, when
-from .vecmath import ShiftedExp, exp
+from .vecmath import ShiftedExp
 
 BLOCK_LOGITS, MAX_BLOCK = 2048, 64  # of a block, that stays in L1; rows of it
 UNROLL = 4  # vectors of one turn of a loop
@@ -32,7 +32,7 @@ class FlatKernel(SharedReferenceKernel):
         self.to_gradients = self.tile * self.pitch + CACHE_LINE
         self.whole = (self.classes - 1) & -LANES  # classes before a row's last vector
         self.last = iota(self.b, LANES) < (self.classes - self.whole).trunc(I32)
-        self.columns = {name: self.column(F32) for name in ("highest", "sums", "shares", "owns")}
+        self.columns = {name: self.column(F32) for name in ("offsets", "counts", "sums", "shares", "owns")}
         self.columns["targets"] = self.column(I32)
 
     def entry(self, name: str, r: Value) -> Value:
@@ -72,7 +72,7 @@ class FlatKernel(SharedReferenceKernel):
 
         return folded_rows([part for q in range(LANES // QUAD) for part in quad(q)])
 
-    def again(self, i: Value, j: Value) -> tuple[Value, Value]:
+    def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
         x, rows = self.a["logits"] + i * self.a["logits_row"], self.scratch + j * self.pitch
         loop(
             self.begin, self.classes * LANES, LANES, [],
@@ -90,18 +90,21 @@ class FlatKernel(SharedReferenceKernel):
 
             def add(at: Value, total: Value, live: Value | None = None) -> Value:
                 z = at.load(F32, LANES)
-                e = exp(z - highest)
+                e = exponential(z - offset)
                 at.store(e if live is None else live.select(e, z))  # what lies behind is the next row's
                 return total + (e if live is None else live.select(e, 0.0))
 
             _, (most,) = loop(self.begin, self.whole, LANES, [lowest], lambda c, m: [larger(row + c * BYTES, m)])
-            highest = self.last.select(larger(end, most), most).max()
-            _, (total,) = loop(self.begin, self.whole, LANES, [zero], lambda c, s: [add(row + c * BYTES, s)])
-            self.entry("highest", r).store(highest)
-            self.entry("sums", r).store(add(end, total, self.last).sum())
+            offset, count = self.own_reference(self.last.select(larger(end, most), most).max())
+            exponential = ShiftedExp(count, short=True, capped=False)
+            first = add(end, zero, self.last)  # in the order of `sums_of`
+            _, (total,) = loop(self.begin, self.whole, LANES, [first], lambda c, s: [add(row + c * BYTES, s)])
+            for name, number in (("offsets", offset), ("counts", count), ("sums", total.sum())):
+                self.entry(name, r).store(number)
 
         loop(self.begin, self.begin + LANES, 1, [], each)
-        return self.columns["highest"].load(F32, LANES), self.columns["sums"].load(F32, LANES)
+        offset, count, sums = (self.columns[name].load(F32, LANES) for name in ("offsets", "counts", "sums"))
+        return offset, count, sums
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
         for name, column in (("shares", share), ("owns", own), ("targets", t)):

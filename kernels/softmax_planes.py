@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from . import storage
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .values import F32, I32, LANES, Value, full, loop, when
-from .vecmath import ShiftedExp, exp
+from .vecmath import ShiftedExp
 
 UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
 # Logits of a block: memory is read in long pieces, which stay in L2 until the targets' have been picked. With a
@@ -65,21 +65,24 @@ class PlanesKernel(SharedReferenceKernel):
     def over_classes(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
         return loop(self.begin, self.classes, 1, state, body)[1]
 
-    def again(self, i: Value, j: Value) -> tuple[Value, Value]:
+    def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
         def larger(c: Value, highest: Value) -> list[Value]:
             z = self.logits(self.place(i, c))
             return [(z > highest).select(z, highest)]
 
         (highest,) = self.over_classes([full(self.b, F32, LANES, float("-inf"))], larger)
 
+        offset, count = self.own_reference(highest)
+        exponential = ShiftedExp(count, short=True, capped=False)
+
         def add(c: Value, total: Value) -> list[Value]:
-            e = exp(self.logits(self.place(i, c)) - highest)
+            p, scale = exponential.factors(self.logits(self.place(i, c)) - offset)
             if self.v.grad:
-                self.kept(j, c).store(e)
-            return [total + e]
+                self.kept(j, c).store(p * scale)
+            return [p.fma(scale, total)]
 
         (total,) = self.over_classes([full(self.b, F32, LANES)], add)
-        return highest, total
+        return offset, count, total
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
         (self.scratch + j * BYTES).store(share)  # whose sums have been read

@@ -40,8 +40,9 @@ class SharedReferenceKernel(SoftmaxKernel):
         """The sums of sixteen samples, the first of them the block's j-th."""
 
     @abstractmethod
-    def again(self, i: Value, j: Value) -> tuple[Value, Value]:
-        """Samples i .. i + 16 relative to their own maxima: these, and the sums. Scratch is written anew."""
+    def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
+        """Samples i .. i + 16 each relative to a reference of its own, as `own_reference` gives it: this, and the sums.
+        Scratch is written anew; where the block's reference would have done, nothing changes by it."""
 
     @abstractmethod
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
@@ -79,6 +80,13 @@ class SharedReferenceKernel(SoftmaxKernel):
         """Sixteen logits that lie side by side."""
         return storage.load(place, self.v.logits, F32, LANES)
 
+    @staticmethod
+    def own_reference(highest: Value) -> tuple[Value, Value]:
+        """What is subtracted from logits with this maximum: a number and, from what is left, a count of ln 2. One of
+        the two is 0: a count is exact, and a number, of large logits, leaves NaN where the maximum is infinite."""
+        suits = ShiftedExp.suits(highest)
+        return suits.select(0.0, highest), suits.select(ShiftedExp.count_for(highest), 0.0)
+
     def exponential_for(self, place: Value) -> ShiftedExp:
         """Relative to about the highest of the logits at a place."""
         return ShiftedExp(ShiftedExp.count_for(self.logits(place).max()), short=True, capped=False)
@@ -95,14 +103,15 @@ class SharedReferenceKernel(SoftmaxKernel):
         good = fits & ~(~((sums < MAX_SUM) & (sums > 1 / MAX_SUM))).any()
 
         def relative() -> list[Value]:
-            return [*scaled_log(sums, shifted, z), sums]
+            return [shifted.count.splat(LANES), z, sums]
 
         def exact() -> list[Value]:
-            highest, sums = self.again(i, j)
-            return [highest - z, sums, sums]
+            offset, count, sums = self.again(i, j)
+            return [count, z - offset, sums]
 
+        count, z, sums = when(good, relative, exact)
         # a loss is linear + log(rest)
-        linear, rest, sums = when(good, relative, exact)
+        linear, rest = scaled_log(sums, count, z)
         live = fate == LIVE
         if self.v.losses:
             kept = live.select(linear + log_of_normal(rest), 0.0)

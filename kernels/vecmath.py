@@ -56,7 +56,7 @@ class Format:
         return self.mantissa + 1
 
 
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+LOG2E = 1.4426950408889634
 EXP64 = [1.0, 1.0, 0.5000000000000001, 0.16666666666666669, 0.04166666666662413, 0.008333333333330062,
          0.0013888888917213717, 0.00019841269863053618, 2.4801521295954376e-05, 2.7557268459997064e-06,
          2.7620088445409746e-07, 2.510038549551032e-08]  # 1.6e-17  # fmt: skip
@@ -577,6 +577,12 @@ class ShiftedExp:
         self.lo = wide.lift(0.0) if count.elem == F32 else wide.fma(k.ln2_low, wide.fma(k.ln2, -self.hi))
 
     @staticmethod
+    def suits(maximum: Value) -> Value:
+        """Whether `count_for` gives a count that makes exp(maximum) about 1."""
+        k = FORMATS[maximum.elem]
+        return abs(maximum) < k.max_count * k.ln2
+
+    @staticmethod
     def count_for(maximum: Value) -> Value:
         """The count that makes exp(maximum) about 1; some legal count for NaN and for what is too large."""
         k = FORMATS[maximum.elem]
@@ -620,13 +626,15 @@ class ShiftedExp:
         return p * scale
 
 
-def scaled_log(s: Value, shifted: ShiftedExp, z: Value) -> tuple[Value, Value]:
-    """linear, m: linear + log(m) = log(s) + what `shifted` subtracted - z, m in [0.75, 1.5).
+def scaled_log(s: Value, count: Value, z: Value) -> tuple[Value, Value]:
+    """linear, m: linear + log(m) = log(s) + count * LN2 - z, LN2 as in `ShiftedExp`, for positive normal float32 s; NaN
+    for others. m lies in [0.75, 1.5).
 
-    s is a positive normal float32.
-    Where it and the reference are makes no difference: their powers of 2 are one integer, which meets z unrounded.
+    The powers of 2 of s and of the reference are one integer, which meets z unrounded: with another reference, where
+    exponentials are smaller or larger by a power of 2, not a bit changes. To take its part of s in LN2 too adds 1.9e-9
+    for each power of 2 between the sum and what it is mostly made of.
     """
     k = FORMATS[F32]
     e, m = _split(s)
-    count = e + shifted.count
-    return count.fma(k.ln2_short, -z) + count.fma(k.ln2_short_low, shifted.count * (k.ln2 - LN2)), m
+    e = e + count
+    return e.fma(k.ln2 - k.ln2_short, e.fma(k.ln2_short, -z)), (s > 0.0).select(m, float("nan"))

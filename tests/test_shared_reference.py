@@ -61,6 +61,25 @@ def test_samples_that_the_reference_does_not_suit(shape: tuple[int, ...], dtype:
     check_gradient(ROW, sample, "none", grad_output=upstream)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*ROWS, (1, 21, 400), (1, 3, 5000)], ids=str)
+def test_a_sample_does_not_depend_on_others(shape: tuple[int, ...], dtype: str, rng: Rng) -> None:
+    """Not a bit of its loss and of its gradient, whatever reference the block that it is in has."""
+    sample = changed(rng, drawn(rng, shape, dtype), 0.1)
+    fused = fastloss.value_and_grad(fastloss.cross_entropy)
+    losses, grads = fused(sample.input, sample.target, reduction="none", grad_output=np.ones(sample.target.shape))
+    axis = 0 if len(shape) == 2 else 2
+    n = shape[axis]
+    for _ in range(5):
+        start = int(rng.integers(0, n))
+        part = range(start, int(rng.integers(start + 1, n + 1)))
+        x, grad = (np.ascontiguousarray(np.take(array, part, axis)) for array in (sample.input, grads))
+        t, loss = (np.take(array, part, axis - (axis == 2)) for array in (sample.target, losses))
+        got = fused(x, t, reduction="none", grad_output=np.ones(t.shape))
+        for found, wanted in zip(got, (loss, grad), strict=True):
+            np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
+
+
 @pytest.mark.parametrize("first", [NAN, INF, -INF, 3e4, -3e4])
 @pytest.mark.parametrize("shape", [(70, 17), (40, 100), (2, 21, 13, 19)], ids=str)
 def test_the_reference_itself_is_special(shape: tuple[int, ...], first: float, rng: Rng) -> None:
