@@ -301,13 +301,13 @@ class Value:
         for k in range(ahead, ahead + nbytes, CACHE_LINE):
             (self + k).prefetch()
 
-    def prefetch(self) -> None:
-        """Ask for my cache line, which may lie beyond the end of an array."""
+    def prefetch(self, level: int = 1) -> None:
+        """Ask for my cache line, which may lie beyond the end of an array, into a first- or second-level cache."""
         pointer = ir.IntType(8).as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         intrinsic = declare(self.b.module, "llvm.prefetch.p0", signature)
-        # to read, into the nearest cache, data
-        self.b.call(intrinsic, [self.b.inttoptr(self.v, pointer), I32(0), I32(3), I32(1)])
+        # to read; 3 is the nearest cache; data
+        self.b.call(intrinsic, [self.b.inttoptr(self.v, pointer), I32(0), I32(4 - level), I32(1)])
 
     def store(self, value: Value, stream: bool = False, align: int | None = None) -> None:
         """Write `value` at me. `stream` (a whole, aligned vector) goes past the caches."""
