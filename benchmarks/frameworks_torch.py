@@ -2,17 +2,18 @@
 
     python benchmarks/frameworks_torch.py [--rounds N]
 
-Calls are interleaved, one of each a round; medians. Bytes are those of the logits, read, and of the gradient, written.
+Calls are interleaved as benchmarks/compare.py does it; medians. Bytes are those of the logits, read, and of the
+gradient, written.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from compare import measured
 from peak import peak
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,26 +22,16 @@ import fastloss
 import fastloss.torch as ft
 
 Calls = dict[str, Callable[[], object]]
+SHORTEST = 2e-3  # seconds of a turn: shorter calls are repeated
 
 
-def medians(calls: Calls, rounds: int, repeats: int) -> dict[str, float]:
-    """Seconds of each call, `repeats` of them timed together."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def show(title: str, calls: Calls, rounds: int, repeats: int, unit: str, nbytes: int = 0) -> None:
+def show(title: str, calls: Calls, rounds: int, unit: str, nbytes: int = 0) -> None:
     """One table."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
-    found = medians(calls, rounds, repeats)
+    for call in calls.values():
+        call()  # compiled
+    times = measured(calls, rounds, SHORTEST)
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
     print(f"\n{title}" + (f": {nbytes / 1e6:.0f} MB" if nbytes else ""))
     for name, seconds in found.items():
         speed = f"{nbytes / seconds / 1e9:8.1f} GB/s" if nbytes else ""
@@ -64,13 +55,13 @@ def small(rounds: int) -> None:
         "fastloss.torch.CrossEntropyLoss()": lambda: ours(x, t),
         "fastloss.cross_entropy, of the tensors": lambda: fastloss.cross_entropy(x, t),
     }
-    show("cross-entropy (32, 10) float32, no gradient", calls, rounds * 20, 200, "us")
+    show("cross-entropy (32, 10) float32, no gradient", calls, rounds, "us")
     leaf = x.clone().requires_grad_()
     calls = {
         "torch": lambda: torch.autograd.grad(F.cross_entropy(leaf, t), leaf),
         "fastloss.torch": lambda: torch.autograd.grad(ft.cross_entropy(leaf, t), leaf),
     }
-    show("forward and backward (32, 10)", calls, rounds * 20, 100, "us")
+    show("forward and backward (32, 10)", calls, rounds, "us")
 
 
 def step(rounds: int, n: int = 2048, c: int = 32000) -> None:
@@ -94,7 +85,7 @@ def step(rounds: int, n: int = 2048, c: int = 32000) -> None:
         "fastloss.torch in torch.compile(aot_eager)": backward(compiled),
         "torch eager": backward(F.cross_entropy),
     }
-    show(f"forward and backward ({n}, {c}) float32", calls, rounds, 1, "ms", 2 * x.nbytes)
+    show(f"forward and backward ({n}, {c}) float32", calls, rounds, "ms", 2 * x.nbytes)
     held = peak(reset=True)  # a gradient that is gone, and kept for the next, is part of it
     backward(ft.cross_entropy)()
     more = peak() - held
@@ -104,7 +95,7 @@ def step(rounds: int, n: int = 2048, c: int = 32000) -> None:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
     print(f"torch {torch.__version__}, fastloss {fastloss.__version__}, {torch.get_num_threads()} threads")
     small(rounds)
