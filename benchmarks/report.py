@@ -40,12 +40,12 @@ host's clock over a batch. "Of copy" is GB/s over the speed of a copy on the sam
 written.
 """
 CPU = """\
-Contenders take turns; each turn is a pause (threads of other libraries spin for a while), untimed calls for 15 ms (the
-other cores must wake up), a timed one; who is slow has fewer rounds, and one where a call takes seconds. "Of the limit" is GB/s over what the same machine
-reaches in the same rounds without computing anything, on as many threads: for values it reads as many bytes; for values
-and gradients of cross-entropy it copies with streaming stores; for those of pointwise losses it reads two arrays and
-streams out a third ("triad"). Arrays of less than a megabyte stay in the caches: their calls are timed back to back for
-10 ms a turn, the best round counts, and there is no limit.
+Contenders take turns; each turn is a pause (threads of other libraries spin for a while), untimed calls for 15 ms
+(the other cores have to wake up), a timed one; who is slow has fewer rounds, and one where a call takes seconds. "Of
+the limit" is GB/s over what the same machine reaches in the same rounds without computing anything, on as many
+threads: for values it reads as many bytes; for values and gradients of cross-entropy it copies with streaming stores;
+for those of pointwise losses it reads two arrays and streams out a third ("triad"). Arrays of less than a megabyte
+stay in the caches: their calls are timed back to back for 10 ms a turn, the best round counts, and there is no limit.
 
 All contenders share one pair of arrays, made before. NumPy is the plain formula; torch is eager; torch.compile
 (`dynamic=False`) and JAX (`jit`) compile for each shape, and gradients come from `torch.autograd.grad` and
