@@ -42,27 +42,48 @@ class PlanesKernel(SharedReferenceKernel):
     def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
         shifted = self.exponential_for(self.place(start, self.begin))
 
-        def add(first: Value, many: int, seen: Value, fresh: bool = False) -> list[Value]:
-            """Classes first .. first + many."""
-
+        def add(classes: Sequence[Value], seen: Value, fresh: bool = False) -> list[Value]:
             def sixteen(j: Value, seen: Value) -> list[Value]:
-                total = full(self.b, F32, LANES) if fresh else (self.scratch + j * BYTES).load(F32, LANES)
-                for c in (first + k for k in range(many)):
+                def factors(c: Value) -> tuple[Value, Value]:
+                    nonlocal seen
                     at = self.place(start + j, c)
                     self.ask_for(at)
                     p, scale, seen = shifted.watched(self.logits(at), seen)
-                    if self.v.grad:
-                        self.kept(j, c).store(p * scale)
-                    total = p.fma(scale, total)
+                    return p, scale
+
+                part = self.added(j, classes, factors)
+                total = part if fresh else (self.scratch + j * BYTES).load(F32, LANES) + part
                 (self.scratch + j * BYTES).store(total)
                 return [seen]
 
             return loop(self.begin, stop - start, LANES, [seen], sixteen)[1]
 
-        (seen,) = add(self.begin, 1, full(self.b, I32, LANES), fresh=True)
-        c, (seen,) = loop(self.begin + 1, self.classes, UNROLL, [seen], lambda c, seen: add(c, UNROLL, seen))
-        _, (seen,) = loop(c, self.classes, 1, [seen], lambda c, seen: add(c, 1, seen))
-        return shifted, ~shifted.overflowed(seen)
+        seen = add([self.begin], full(self.b, I32, LANES), fresh=True)
+        (seen_of_all,) = self.by_turns(seen, add)
+        return shifted, ~shifted.overflowed(seen_of_all)
+
+    def by_turns(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
+        """`state = body(classes, *state)` for all classes but the first: some together, then what is left."""
+
+        def turn(many: int) -> Callable[..., Sequence[Value]]:
+            return lambda c, *state: body([c + k for k in range(many)], *state)
+
+        c, state = loop(self.begin + 1, self.classes, UNROLL, state, turn(UNROLL))
+        return loop(c, self.classes, 1, state, turn(1))[1]
+
+    def added(self, j: Value, classes: Sequence[Value], factors: Callable[[Value], tuple[Value, Value]]) -> Value:
+        """The sum of some exponentials, by themselves: of a long sum they would round off more."""
+        terms = []
+        for c in classes:
+            p, scale = factors(c)
+            if self.v.grad:
+                self.kept(j, c).store(p * scale)
+            terms.append((p, scale))
+        (p, scale), *others = terms
+        total = p * scale
+        for p, scale in others:
+            total = p.fma(scale, total)
+        return total
 
     def sums_of(self, j: Value) -> Value:
         return (self.scratch + j * BYTES).load(F32, LANES)
@@ -80,13 +101,10 @@ class PlanesKernel(SharedReferenceKernel):
         offset, count = self.own_reference(highest)
         exponential = ShiftedExp(count, short=True, capped=False)
 
-        def add(c: Value, total: Value) -> list[Value]:
-            p, scale = exponential.factors(self.logits(self.place(i, c)) - offset)
-            if self.v.grad:
-                self.kept(j, c).store(p * scale)
-            return [p.fma(scale, total)]
+        def add(classes: Sequence[Value]) -> Value:
+            return self.added(j, classes, lambda c: exponential.factors(self.logits(self.place(i, c)) - offset))
 
-        (total,) = self.over_classes([full(self.b, F32, LANES)], add)
+        (total,) = self.by_turns([add([self.begin])], lambda classes, total: [total + add(classes)])
         return offset, count, total
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:

@@ -57,8 +57,8 @@ MAX_TILE = 256
 # Rows with no more classes than this are transposed: 2.3 times as fast as row by row at 32, 1.2 at 64, even at 100.
 MAX_SHORT = 64
 # Rows of so many classes, without options, are taken as if there were no rows: 1.1 times as fast as transposed at 21,
-# 1.6 at 64, and 1.8 times as fast as row by row at 100, 1.3 at 256.
-MIN_FLAT, MAX_FLAT = 17, 256
+# 1.6 at 64, and 1.8 times as fast as row by row at 100, 1.3 at 256. More classes are too many for float32 sums.
+MIN_FLAT, MAX_SHARED = 17, 256
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096
 
@@ -261,8 +261,8 @@ def softmax_task(
         by_row = samples.classes_adjoin(LOGITS) or (by_row and classes > MAX_TILE_CLASSES)
         layout = "rows" if by_row else "tile"
     variant = softmax_variant(layout, 0, *options)
-    if variant.plain and not variant.softcap and variant.compute == "float32":
-        if by_row and MIN_FLAT <= classes <= MAX_FLAT:
+    if variant.plain and not variant.softcap and variant.compute == "float32" and classes <= MAX_SHARED:
+        if by_row and classes >= MIN_FLAT:
             layout = "flat"
         elif layout == "tile":
             layout = "planes"
