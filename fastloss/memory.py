@@ -62,7 +62,11 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if not AVAILABLE or nbytes < LARGE:
         return np.empty(shape, dtype)
-    found: np.ndarray = np.asarray(_piece(nbytes))[:nbytes].view(dtype).reshape(shape)
+    try:
+        piece = _piece(nbytes)
+    except OSError:  # NumPy tells of memory that is not there as everybody expects it
+        return np.empty(shape, dtype)
+    found: np.ndarray = np.asarray(piece)[:nbytes].view(dtype).reshape(shape)
     return found
 
 

@@ -113,6 +113,11 @@ def test_gradients_use_it_and_are_right(rng: np.random.Generator) -> None:
     assert len(places) == 1
 
 
+def test_without_memory_there_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="allocate"):
+        memory.empty((1 << 60,), np.uint8)
+
+
 def test_threads_never_share_a_piece() -> None:
     failures = []
 
