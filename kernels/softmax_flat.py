@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import QUAD, folded_rows
 from .values import CACHE_LINE, F32, I32, I64, LANES, Value, full, iota, loop, when
-from .vecmath import ShiftedExp
 
 BLOCK_LOGITS, MAX_BLOCK = 2048, 64  # of a block, that stays in L1; rows of it
 UNROLL = 4  # vectors of one turn of a loop

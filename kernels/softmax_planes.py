@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from . import storage
+from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .values import F32, I32, LANES, Value, full, loop, when
-from .vecmath import ShiftedExp
 
 UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
 # Logits of a block: memory is read in long pieces, which stay in L2 until the targets' have been picked. With a

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from . import storage
+from .softmax_exp import ShiftedExp
 from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
 from .targets import LIVE
 from .values import F64, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
-from .vecmath import ShiftedExp, exp
+from .vecmath import exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
 # Numbers of the compute type added in 16 lanes before they move to float64: exponentials alone, or masses beside them.

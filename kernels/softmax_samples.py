@@ -9,11 +9,12 @@ from typing import Any
 from llvmlite import ir
 
 from . import storage
+from .softmax_exp import ShiftedExp
 from .softmax_math import ClassSums, Loss, Reference, Samples, SoftmaxKernel
 from .targets import LIVE, Targets, within
 from .transpose import QUAD, load_classes, load_quad, store_classes, store_quad, transposed
 from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, loop, when
-from .vecmath import ShiftedExp, log_of_normal
+from .vecmath import log_of_normal
 
 MAX_FEW = 32  # classes that stay in registers and on the stack, their number compiled in: 1.3x at 10, against a loop
 FLUSH = 64  # exponentials added in a lane before they move to float64

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import storage
+from .softmax_exp import ShiftedExp, scaled_log
 from .softmax_math import SoftmaxKernel
 from .targets import LIVE
 from .values import F32, F64, LANES, SIZE, Value, full, loop, when
-from .vecmath import ShiftedExp, log_of_normal, scaled_log
+from .vecmath import log_of_normal
 
 # A sum outside 1 / MAX_SUM .. MAX_SUM may lack what is too small beside the reference, or be infinite.
 MAX_SUM = 2.0**60

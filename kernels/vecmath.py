@@ -212,7 +212,7 @@ def _avx512(name: str, *operands: Value, immediate: int | None = None) -> Value:
     return _in_registers(emit, *operands)
 
 
-def _entry(numbers: Sequence[int], index: Value) -> Value:
+def looked_up(numbers: Sequence[int], index: Value) -> Value:
     """numbers[index % len(numbers)], int32 as index is: 32 of them in two registers of AVX-512, or 8 in one of AVX2."""
     if len(numbers) == 8:
         table = full_of(index.b, I32, numbers)
@@ -243,26 +243,10 @@ def _inverses(numbers: tuple[float, ...]) -> tuple[list[int], list[int]]:
     return [_bits(c) for c in chosen], [_bits(-math.log(c)) for c in chosen]
 
 
-def _power_of_2(n: Value) -> Value:
+def power_of_2(n: Value) -> Value:
     """2**(n - bias) for an integer of which only the low bits count."""
     elem, k = (F32, FORMATS[F32]) if n.elem == I32 else (F64, FORMATS[F64])
     return (n << k.mantissa).bits(elem)
-
-
-# feature of a CPU -> how many powers 2**(j / size) its registers hold to be looked up, and exp(r) for
-# |r| <= ln(2) / (2 size): 5.4e-8, 2.6e-8
-EXP_TABLES = {
-    "avx512": (32, [1.0, 1.0000146627426147, 0.4999999403953552]),
-    "avx2": (8, [1.0, 1.0, 0.5000647306442261, 0.1666686236858368]),
-}
-
-
-def _looked_up_power_of_2(n: Value, size: int) -> Value:
-    """2**(n / size - bias) for int32 of which only the low bits count, as a float32."""
-    k, shift = FORMATS[F32], FORMATS[F32].mantissa - (size.bit_length() - 1)
-    # the mantissas, less what the shifted n adds to them
-    mantissas = [round((2 ** (j / size) - 1) * 2**k.mantissa) - (j << shift) for j in range(size)]
-    return (_entry(mantissas, n) + (n << shift)).bits(F32)
 
 
 def _with_sign_of(x: Value, y: Value) -> Value:
@@ -290,7 +274,7 @@ def exp(x: Value) -> Value:
     k = FORMATS[x.elem]
     r, _, n = _reduce(x.at_least(k.floor).at_most(k.ceiling), 2 * k.bias)
     half = _shift_right(n, 1)  # two factors: 2**n may be subnormal or infinite where the result is not
-    return horner(r, k.exp) * _power_of_2(half) * _power_of_2(n - half)
+    return horner(r, k.exp) * power_of_2(half) * power_of_2(n - half)
 
 
 @on_arrays(lambda np, x: np.expm1(x))
@@ -299,12 +283,12 @@ def expm1(x: Value) -> Value:
     k = FORMATS[x.elem]
     r, low, n = _reduce(x.at_least(-2.0 * k.mantissa).at_most(k.ceiling), k.bias - 1)
     p = (r * r).fma(horner(r, k.exp[2:]), low) + r
-    half = _power_of_2(n)  # 2**n / 2, since 2**n may be infinite where the result is not
+    half = power_of_2(n)  # 2**n / 2, since 2**n may be infinite where the result is not
     y = (half == 0.5).select(p, half.fma(p, half - 0.5) * 2.0)
     return _with_sign_of(x, y)
 
 
-def _split(x: Value) -> tuple[Value, Value]:
+def split(x: Value) -> tuple[Value, Value]:
     """x = 2**e * m for positive normal x, with m in [0.75, 1.5); e as a float."""
     k = FORMATS[x.elem]
     i = x.bits(k.integer) - k.middle
@@ -332,7 +316,7 @@ def log(x: Value) -> Value:
     """The natural logarithm: -inf of 0, NaN below."""
     k = FORMATS[x.elem]
     subnormal = x < 2.0 ** (1 - k.bias)
-    e, m = _split(subnormal.select(x * 2.0**k.precision, x))
+    e, m = split(subnormal.select(x * 2.0**k.precision, x))
     y = _log_sum(e - subnormal.select(x.lift(k.precision), 0.0), m - 1.0)
     y = (x <= 0.0).select((x == 0.0).select(x.lift(float("-inf")), float("nan")), y)
     return (x < float("inf")).select(y, x)
@@ -341,7 +325,7 @@ def log(x: Value) -> Value:
 @on_arrays(lambda np, x: np.log(x))
 def log_of_normal(x: Value) -> Value:
     """The natural logarithm of positive normal numbers; NaN of NaN, infinity of infinity."""
-    e, m = _split(x)
+    e, m = split(x)
     return (x < float("inf")).select(_log_sum(e, m - 1.0), x)
 
 
@@ -350,7 +334,7 @@ def log1p(x: Value) -> Value:
     """log(1 + x)."""
     k = FORMATS[x.elem]
     y = x + 1.0
-    e, m = _split(y)
+    e, m = split(y)
     lost = x - (y - 1.0)  # exact up to 2**mantissa, of no weight above
     inverse = ((k.bias << k.mantissa) - (y.bits(k.integer) - m.bits(k.integer))).bits(x.elem)  # 2**-e
     f = m - 1.0
@@ -366,7 +350,7 @@ def _exp_neg(a: Value) -> tuple[Value, Value, Value]:
     r, _, n = _reduce((-a).at_least(k.floor), k.bias + k.precision)
     q = horner(r, k.exp[1:])
     p = q.fma(r, 1.0)
-    return p, q.fma(r, 1.0 - p), _power_of_2(n) * 2.0**-k.precision
+    return p, q.fma(r, 1.0 - p), power_of_2(n) * 2.0**-k.precision
 
 
 def _log1p_exp_neg_looked_up(a: Value) -> tuple[Value, Value, Value]:
@@ -382,18 +366,18 @@ def _log1p_exp_neg_looked_up(a: Value) -> tuple[Value, Value, Value]:
     r = n.fma(-k.ln2, x)
     # the bits of 2**(j / 32 + precision), less what the shifted n adds to them
     powers = [_bits(2 ** (j / size + k.precision)) - (j << shift) for j in range(size)]
-    power = (_entry(powers, bits) + (bits << shift)).bits(F32)
+    power = (looked_up(powers, bits) + (bits << shift)).bits(F32)
     ends = [[2 ** (-max(0, end) / size) for end in (cell * j - cell + 0.5, cell * j + 0.5)] for j in range(size - 1)]
     middles = [1 + sum(pair) / 2 for pair in ends] + [1.0]
     inverses, logs = _inverses(tuple(middles[-j] for j in range(size)))
     index = bits.at_least(k.magic_bits - (5 << k.mantissa) - (size - 1) * cell) >> 3
     # times 2**-precision: below, all numbers are normal
-    c = _entry([inverse - (k.precision << k.mantissa) for inverse in inverses], index).bits(F32)
+    c = looked_up([inverse - (k.precision << k.mantissa) for inverse in inverses], index).bits(F32)
     fall = c.fma(2.0**k.precision, -1.0)
     # |r| <= 0.011: 6e-10. What ln2 lacks is for the first power of r only, and no other waits for it.
     part = power * c * n.fma(-k.ln2_low, r)
     f = part.fma(horner(r, [1.0, 0.5, 1 / 6]), power.fma(c, fall))
-    return f, -fall, _entry(logs, index).bits(F32)
+    return f, -fall, looked_up(logs, index).bits(F32)
 
 
 @on_arrays(lambda np, a: np.exp(-a))
@@ -494,7 +478,7 @@ def tanh(x: Value) -> Value:
     square = a * a
     small = (a * square).fma(horner(square, k.tanh), a)
     r, _, n = _reduce((a * 2.0).at_most(0.8 * k.mantissa), k.bias)  # above, 1
-    large = 1.0 - 2.0 / horner(r, k.exp).fma(_power_of_2(n), 1.0)
+    large = 1.0 - 2.0 / horner(r, k.exp).fma(power_of_2(n), 1.0)
     return _with_sign_of(x, (a < 0.55).select(small, large))
 
 
@@ -511,13 +495,13 @@ def bce_logs(s: Value) -> tuple[Value, Value, Value]:
     """
     k = FORMATS[s.elem]
     if s.elem == F64:
-        e, m = _split((s * 2.0**k.precision).at_least(2.0 ** (1 - k.bias)))
+        e, m = split((s * 2.0**k.precision).at_least(2.0 ** (1 - k.bias)))
         halved = s > 0.29
         # -0.0 for e = 0: log(1 - 0) is -0.0, as in float32, so that a loss of 0 has no sign
         rest = _log_sum(halved.select(s.lift(-1.0), -0.0), halved.select(s.fma(-2.0, 1.0), -s))
         high = _log_sum(e - k.precision, m - 1.0).at_least(-100.0)
         return high, s.lift(0.0), rest
-    # s = 2**e * (1 + f), as `_split` has it; far from the subnormal numbers, and e as a float times 2**23
+    # s = 2**e * (1 + f), as `split` has it; far from the subnormal numbers, and e as a float times 2**23
     start, up = 0x3F3504F3, 48
     i = (s * 2.0**up).at_least(2.0**up * 3.720075976020836e-44).bits(I32) - (start + (up << k.mantissa))  # e**-100
     f = ((i & ((1 << k.mantissa) - 1)) + start).bits(F32) - 1.0
@@ -540,101 +524,11 @@ def bce_logs_short(s: Value) -> tuple[Value, Value, Value]:
     e, m = _avx512("getexp", s), _avx512("getmant", s, immediate=0)  # m in [1, 2); of 0 e is -inf
     inverses, logs = _inverses(tuple(1 + (j + 0.5) / 32 for j in range(32)))
     index = m.bits(I32) >> (k.mantissa - 5)
-    f = m.fma(_entry(inverses, index).bits(F32), -1.0)
-    log_s = f.fma(horner(f, [1.0, *LOG_LOOKED_UP]), e.fma(k.ln2, _entry(logs, index).bits(F32)))
+    f = m.fma(looked_up(inverses, index).bits(F32), -1.0)
+    log_s = f.fma(horner(f, [1.0, *LOG_LOOKED_UP]), e.fma(k.ln2, looked_up(logs, index).bits(F32)))
     inverses, logs = _inverses(tuple(1 - j / 62 for j in range(32)))
     index = s.fma(62.0, k.magic).bits(I32)
-    c = _entry(inverses, index).bits(F32)
+    c = looked_up(inverses, index).bits(F32)
     f = (-s).fma(c, -(1.0 - c))  # -0.0 at 0, as the logarithm then is
-    rest = (f * f).fma(horner(f, LOG_LOOKED_UP), f + _entry(logs, index).bits(F32))
+    rest = (f * f).fma(horner(f, LOG_LOOKED_UP), f + looked_up(logs, index).bits(F32))
     return log_s.at_least(-100.0), s.lift(-0.0), rest
-
-
-class ShiftedExp:
-    """x -> exp(x - count * LN2) for an integer count; LN2 is ln 2, for float32 as rounded to float32.
-
-    Never wraps: far above it saturates near 2**127 (float64: 2**1023); below 2**-126.5 (2**-1022.5), -inf
-    included, it is exactly 0. NaN stays NaN. The relative error does not grow with count.
-    hi + lo is what was subtracted, count * LN2, in float64.
-    """
-
-    def __init__(self, count: Value, short: bool = False, capped: bool = True) -> None:
-        """short: fewer instructions in float32, and a relative error of 2.7e-7 instead of 1.2e-7.
-        capped: False where no argument is far above, or `watched` looks for such: that saves an instruction too."""
-        k = self.format = FORMATS[count.elem]
-        self.coefficients, self.capped = k.exp_short if short else k.exp, capped
-        self.floor, self.ceiling = ((count + n) * k.ln2 for n in (-k.bias, k.bias))
-        # Powers of 2 that are looked up in registers, where a CPU can do that: 2**(j / size) for j < size.
-        self.size = 1
-        if short and count.elem == F32:
-            self.size, self.coefficients = next(
-                (table for feature, table in EXP_TABLES.items() if count.may_use(feature)), (1, self.coefficients)
-            )
-        self.count, self.magic = count, k.magic + (k.bias - count) * self.size
-        wide = count.to(F64)
-        self.hi = wide * k.ln2
-        # float32: 22 bits times 24 are exact
-        self.lo = wide.lift(0.0) if count.elem == F32 else wide.fma(k.ln2_low, wide.fma(k.ln2, -self.hi))
-
-    @staticmethod
-    def suits(maximum: Value) -> Value:
-        """Whether `count_for` gives a count that makes exp(maximum) about 1."""
-        k = FORMATS[maximum.elem]
-        return abs(maximum) < k.max_count * k.ln2
-
-    @staticmethod
-    def count_for(maximum: Value) -> Value:
-        """The count that makes exp(maximum) about 1; some legal count for NaN and for what is too large."""
-        k = FORMATS[maximum.elem]
-        bound = k.max_count * k.ln2
-        m = (maximum > -bound).select(maximum, -bound).at_most(bound)
-        return m.fma(LOG2E, k.magic) - k.magic
-
-    def _parts(self, x: Value) -> tuple[Value, Value, Value]:
-        """Two factors of the result, the second a power of 2, and the bits of x in units of ln 2 / size."""
-        k = self.format
-        x = x.at_least(self.floor)
-        x = x.at_most(self.ceiling) if self.capped else x
-        t = x.fma(LOG2E * self.size, self.magic)
-        n = t - self.magic
-        r = n.fma(-k.ln2 / self.size, x)
-        if x.elem == F64:
-            r = n.fma(-k.ln2_low, r)
-        bits = t.bits(k.integer)
-        scale = _power_of_2(bits) if self.size == 1 else _looked_up_power_of_2(bits, self.size)
-        return horner(r, self.coefficients), scale, bits
-
-    def factors(self, x: Value) -> tuple[Value, Value]:
-        """Two factors of the result, the second a power of 2: a sum takes them by one fma."""
-        return self._parts(x)[:2]
-
-    def watched(self, x: Value, seen: Value) -> tuple[Value, Value, Value]:
-        """`factors`, and the integers `seen` with what `overflowed` must know of x; not with `capped`. One instruction,
-        as the ceiling is, but none of those that fused multiply-adds wait for."""
-        p, scale, bits = self._parts(x)
-        return p, scale, seen | bits
-
-    def overflowed(self, seen: Value) -> Value:
-        """Whether any x was NaN, or so far above that its result means nothing."""
-        # count and ceiling below, `magic` above: of what is larger some other bit is set
-        k = self.format
-        legal = k.magic_bits | (2 * (k.bias + 1) * self.size - 1)
-        return ((seen & ~legal) != 0).any()
-
-    def __call__(self, x: Value) -> Value:
-        p, scale = self.factors(x)
-        return p * scale
-
-
-def scaled_log(s: Value, count: Value, z: Value) -> tuple[Value, Value]:
-    """linear, m: linear + log(m) = log(s) + count * LN2 - z, LN2 as in `ShiftedExp`, for positive normal float32 s; NaN
-    for others. m lies in [0.75, 1.5).
-
-    The powers of 2 of s and of the reference are one integer, which meets z unrounded: with another reference, where
-    exponentials are smaller or larger by a power of 2, not a bit changes. To take its part of s in LN2 too adds 1.9e-9
-    for each power of 2 between the sum and what it is mostly made of.
-    """
-    k = FORMATS[F32]
-    e, m = _split(s)
-    e = e + count
-    return e.fma(k.ln2 - k.ln2_short, e.fma(k.ln2_short, -z)), (s > 0.0).select(m, float("nan"))

@@ -17,6 +17,7 @@ import pytest
 from llvmlite import ir
 
 from fastloss.kernels import compiler, vecmath
+from fastloss.kernels.softmax_exp import ShiftedExp
 from fastloss.kernels.values import F32, F64, I8, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop
 
 ELEMENT = {np.float32: F32, np.float64: F64}
@@ -262,7 +263,7 @@ def shifted(dtype: type, short: bool) -> Callable[[np.ndarray, float], tuple[np.
     elem = ELEMENT[dtype]
 
     def emit(source: Value, target: Value, n: Value, count: Value, parts: Value) -> None:
-        exp = vecmath.ShiftedExp(count.load(elem), short)
+        exp = ShiftedExp(count.load(elem), short)
         parts.store(exp.hi)
         (parts + 8).store(exp.lo)
         loop(
@@ -334,7 +335,7 @@ def test_shifted_exp_tells_what_is_too_large(dtype: type, short: bool) -> None:
     elem, size = ELEMENT[dtype], SIZE[ELEMENT[dtype]]
 
     def emit(source: Value, target: Value, n: Value, count: Value) -> None:
-        exp = vecmath.ShiftedExp(count.load(elem), short, capped=False)
+        exp = ShiftedExp(count.load(elem), short, capped=False)
 
         def each(i: Value) -> None:
             nothing = full(n.b, INT_OF[elem], LANES)
@@ -365,7 +366,7 @@ def test_shifted_exp_count(dtype: type) -> None:
     top = vecmath.FORMATS[elem].max_count
 
     def emit(source: Value, target: Value) -> None:
-        target.store(vecmath.ShiftedExp.count_for(source.load(elem)))
+        target.store(ShiftedExp.count_for(source.load(elem)))
 
     call = compiler.callable_of(emit, 2, ("count", dtype.__name__))
 
@@ -446,7 +447,7 @@ def inner_loop(assembly: str) -> list[str]:
 
 
 def exp_shifted(x: Value) -> Value:
-    return vecmath.ShiftedExp(full(x.b, x.elem, 1, 7.0))(x)
+    return ShiftedExp(full(x.b, x.elem, 1, 7.0))(x)
 
 
 @DTYPES
