@@ -11,12 +11,14 @@ from . import storage
 from .exact import add_lanes, two_sum
 from .pointwise import SUMS
 from .records import ARRAYS, NUMBERS
+from .softmax_exp import scaled_log
 from .targets import INVALID, LIVE, Targets
 from .values import F32, F64, I64, LANES, SIZE, Value, full, loop, when
 from .vecmath import exp, log, log_of_normal, tanh
 
 if TYPE_CHECKING:
     from .softmax import SoftmaxVariant
+
 
 class ClassSums(NamedTuple):
     """Over a sample's classes: exponentials, probability mass, mass times (logit - origin)."""
@@ -27,11 +29,13 @@ class ClassSums(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What was subtracted from a sample's logits: high + low in exponentials, origin in `ClassSums.dot`."""
+    """What was subtracted from a sample's logits: high + low in exponentials, origin in `ClassSums.dot`; where `powers`
+    are given, high and so many times ln 2."""
 
     high: Value
     low: Value
     origin: Value
+    powers: Value | None = None
 
 
 class Samples(NamedTuple):
@@ -247,14 +251,18 @@ class SoftmaxKernel:
 
     def finish(self, s: Samples) -> Loss:
         """The losses of samples. Large logits cancel before they meet what is small."""
-        high, low, origin = s.reference
+        high, low, origin, powers = s.reference
         p = {name: value.to(self.wide) for name, value in self.p.items()}
         # a sum of exponentials is a normal number, or NaN: see `ShiftedExp`
         rest = low + (log_of_normal(s.sums.exponentials) if self.wide == F32 else log(s.sums.exponentials))
         lse, zero = high + rest, rest.lift(0.0)
         if self.plain and s.z is not None:
             scale = p["scale"].splat(rest.lanes) if s.upstream is None else s.upstream * p["scale"]
-            return Loss((high - s.z) + rest, zero, lse, scale, scale / s.sums.exponentials, scale)
+            loss = (high - s.z) + rest
+            if powers is not None:
+                linear, m = scaled_log(s.sums.exponentials, powers, s.z - high)
+                loss = linear + log_of_normal(m)
+            return Loss(loss, zero, lse, scale, scale / s.sums.exponentials, scale)
         above = (high - origin) + rest
         if s.z is None:
             mass = s.sums.mass

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llvmlite import ir
 
 from . import storage
-from .softmax_exp import ShiftedExp
+from .softmax_exp import HalfRange, ShiftedExp
 from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
 from .targets import LIVE
-from .values import F64, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
+from .values import F64, I1, I16, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
 from .vecmath import exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
@@ -18,11 +18,12 @@ MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
 FLUSH, FLUSH_MASS = 512, 128
 # A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
 MAX_SUM = 2.0**60
-# Logits of the rows that are finished together where gradients are wanted: their exponentials must stay in L1, or what
-# they are computed from again in L2.
-KEPT_LOGITS, AGAIN_LOGITS = 4096, 8192
-# Bytes asked for ahead where a gradient follows: 512, as elsewhere on Zen 4, takes a tenth longer there.
-AHEAD_OF_GRADIENT = 4096
+# Logits of the rows that are finished together where gradients are wanted: their exponentials, or what these are
+# computed from again, must stay in L1. 65,536 x 1,000 on two cores of Zen 4: 10.4 ms by two rows, 12.0 by eight.
+KEPT_LOGITS, AGAIN_LOGITS = 4096, 2048
+# Bytes asked for ahead where a gradient follows or logits are half as wide, so that arithmetic takes as long as memory:
+# 512, as elsewhere on Zen 4, takes a tenth longer there.
+FAR_AHEAD = 4096
 
 # of class c's logit z, relative to a reference, as two factors; and what was seen so far of all logits
 Exponential = Callable[[Value, Value, Value], tuple[Value, Value, Value]]
@@ -36,9 +37,13 @@ class RowsKernel(SoftmaxKernel):
         # Whether the gradient finds the exponentials where the sum left them. With AVX-512 float32 has them computed
         # twice: 20 ms, not 22, for 2,048 x 32,000 on a core of Zen 4, since 13 MB of them do not pass through L2.
         self.keeps = bool(self.v.grad) and not (self.v.logits == "float32" and self.n.may_use("avx512"))
-        names = {"exponentials": F64, "high": self.wide, "low": self.wide}
-        if not self.plain:
-            names |= {"origin": F64, "mass": F64, "dot": F64}
+        self.half = self.v.logits in ("float16", "bfloat16")
+        # whether this call of the kernel has met logits far from their references, as masks are
+        self.met_far = self.column(I32)
+        self.met_far.store(full(self.b, I32, 1))
+        self.distance = FAR_AHEAD if self.v.grad or self.half else None
+        names = {"exponentials": F64, "high": self.wide}
+        names |= {"count": self.wide} if self.plain else dict.fromkeys(("low", "origin", "mass", "dot"), F64)
         if not self.v.probabilities:
             names |= {"z": self.wide, "weight": self.wide}
         if self.v.upstream:
@@ -84,7 +89,7 @@ class RowsKernel(SoftmaxKernel):
         zero, one = (full(self.b, self.wide, LANES, number) for number in (0.0, 1.0))
         samples = Samples(
             fate,
-            Reference(columns["high"], columns["low"], columns.get("origin", zero)),
+            self.reference(columns),
             ClassSums(columns["exponentials"], columns.get("mass", zero), columns.get("dot", zero)),
             columns.get("z"),
             columns["weight"] if (self.v.weighted or self.v.shard) and "weight" in columns else None,
@@ -103,6 +108,14 @@ class RowsKernel(SoftmaxKernel):
         if results:
             loop(self.begin, many, 1, [], lambda r: self.write(start + r, r))
         return state
+
+    def reference(self, columns: Mapping[str, Value]) -> Reference:
+        """What was subtracted from the logits of sixteen rows."""
+        if not self.plain:
+            return Reference(columns["high"], columns["low"], columns["origin"])
+        count, zero = columns["count"], columns["count"].lift(0.0)
+        exact = self.exact.load(I32, LANES) != 0
+        return Reference(exact.select(columns["high"], 0.0), zero, zero, exact.select(0.0, count))
 
     def kept(self, r: Value, c: Value) -> Value:
         """Where class c's exponential of the r-th row of a group waits for the gradient."""
@@ -161,9 +174,7 @@ class RowsKernel(SoftmaxKernel):
     def sum_row(self, i: Value, r: Value, x: Value) -> None:
         """A row's reference and sums."""
         shifted = self.shifted(x)
-        high = shifted.hi.to(self.wide)
-        low = (shifted.hi - high.to(F64) + shifted.lo).to(self.wide)
-        origin = high.to(self.type)
+        origin = shifted.hi.to(self.type)
 
         def shift(c: Value, z: Value, seen: Value) -> tuple[Value, Value, Value]:
             p, scale, seen = shifted.watched(z, seen)
@@ -171,31 +182,40 @@ class RowsKernel(SoftmaxKernel):
                 self.kept(r, c).store(p * scale)
             return p, scale, seen
 
-        sums, seen = self.sweep(i, x, shift, origin)
+        sums, seen = self.sweep(i, r, x, shift, origin, shifted if self.plain else None)
         # false for NaN
         good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM) & ~shifted.overflowed(seen)
 
         def exact() -> list[Value]:
             """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""
             highest = self.reference_of(self.maximum(x))
-            again, _ = self.sweep(i, x, lambda _, z, seen: (exp(z - highest), z.lift(1.0), seen), None)
+            again, _ = self.sweep(i, r, x, lambda _, z, seen: (exp(z - highest), z.lift(1.0), seen))
             # what mass and dot are relative to stays as it is
-            return [again.exponentials, highest.to(self.wide), high.lift(0.0)]
+            return [again.exponentials, highest.to(F64), shifted.lo.lift(0.0)]
 
-        exponentials, top, rest = when(good, lambda: [sums.exponentials, high, low], exact)
+        exponentials, high, low = when(good, lambda: [sums.exponentials, shifted.hi, shifted.lo], exact)
         (self.exact + 4 * r).store((~good).zext(I32))
         self.put("exponentials", r, exponentials)
-        self.put("high", r, top)
-        self.put("low", r, rest)
-        if not self.plain:
-            self.put("origin", r, origin)
-            self.put("mass", r, sums.mass)
-            self.put("dot", r, sums.dot)
+        self.put("high", r, high)
+        if self.plain:
+            self.put("count", r, shifted.count)
+            return
+        self.put("low", r, low)
+        self.put("origin", r, origin)
+        self.put("mass", r, sums.mass)
+        self.put("dot", r, sums.dot)
 
     def sweep(
-        self, i: Value, x: Value, exponential: Exponential, origin: Value | None
+        self,
+        i: Value,
+        r: Value,
+        x: Value,
+        exponential: Exponential,
+        origin: Value | None = None,
+        shifted: ShiftedExp | None = None,
     ) -> tuple[ClassSums, Value]:
-        """One pass over a row's classes, and what `exponential` saw; mass and dot only where an origin is given."""
+        """One pass over a row's classes, and what `exponential` saw; mass and dot only where an origin is given. It
+        is `shifted`'s where that is given, which needs no floor while all logits are near the reference."""
         zero, wide = full(self.b, self.type, LANES), full(self.b, F64, LANES)
         nothing = full(self.b, INT_OF[self.type], LANES)
 
@@ -204,7 +224,7 @@ class RowsKernel(SoftmaxKernel):
             part, mass, dot, seen = state
             if live is None:
                 size = storage.itemsize(self.v.logits)
-                (x + c * size).prefetch_ahead(LANES * size, AHEAD_OF_GRADIENT if self.v.grad else None)
+                (x + c * size).prefetch_ahead(LANES * size, self.distance)
             z = self.load_logits(x, c)
             p, scale, seen = exponential(c, z, seen)
             more = p.fma(scale, part)
@@ -217,20 +237,55 @@ class RowsKernel(SoftmaxKernel):
                 new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
             return [*new, seen]
 
-        def add_pair(c: Value, part: Value, mass: Value, dot: Value, seen: Value) -> list[Value]:
-            """Classes c .. c + 2 LANES, in whatever order is cheapest."""
+        def pair(c: Value) -> list[Value]:
+            """The logits of classes c .. c + 2 LANES, in whatever order is cheapest."""
             size = storage.itemsize(self.v.logits)
-            (x + c * size).prefetch_ahead(2 * LANES * size)
-            for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES):
-                p, scale, seen = exponential(c, self.logit_of(raw)[0], seen)
+            (x + c * size).prefetch_ahead(2 * LANES * size, self.distance)
+            if self.keeps:
+                return [self.load_logits(x, c + k) for k in (0, LANES)]
+            return [self.logit_of(raw)[0] for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES)]
+
+        def add_pair(c: Value, part: Value, mass: Value, dot: Value, seen: Value) -> list[Value]:
+            for k, z in enumerate(pair(c)):
+                p, scale, seen = exponential(c + k * LANES, z, seen)
                 part = p.fma(scale, part)
             return [part, mass, dot, seen]
+
+        def add_pairs(start: Value, stop: Value, state: Sequence[Value]) -> list[Value]:
+            """Classes start .. stop, all that make pairs; and where these end."""
+
+            def watched() -> list[Value]:
+                return loop(start, stop, 2 * LANES, state, add_pair)[1]
+
+            end = start + ((stop - start) & -(2 * LANES))
+            if shifted is None or not self.half:
+                return [end, *watched()]
+            bounds, factors = HalfRange(shifted, self.v.logits), shifted.factors
+
+            def add_near_pair(c: Value, part: Value, *near: Value) -> list[Value]:
+                for k, z in enumerate(pair(c)):
+                    p, scale = factors(z, floored=False)
+                    part = p.fma(scale, part)
+                    if self.keeps:
+                        self.kept(r, c + k * LANES).store(p * scale)
+                return [part, *bounds.more(near, (x + c * 2).load(I16, 2 * LANES))]
+
+            def add_near() -> list[Value]:
+                _, (part, *near) = loop(start, stop, 2 * LANES, [zero, *HalfRange.start(self.b)], add_near_pair)
+                return [part, bounds.left(near)]
+
+            def again() -> list[Value]:
+                self.met_far.store(full(self.b, I32, 1, 1))
+                return watched()
+
+            part, far = when(self.met_far.load(I32) == 0, add_near, lambda: [zero, full(self.b, I1, 1, 1)])
+            return [end, *when(far, again, lambda: [part, *state[1:]])]
 
         def block(start: Value, *state: Value) -> list[Value]:
             *total, seen = state
             stop = (start + flush).at_most(whole)
             none = [*[zero] * 3, seen]
-            c, parts = loop(start, stop, 2 * LANES, none, add_pair) if self.plain and not self.v.grad else (start, none)
+            c, *parts = add_pairs(start, stop, none) if self.plain else [start, *none]
             _, (*parts, seen) = loop(c, stop, LANES, parts, lambda c, *s: add(c, s))
             return [*(t + part.to(F64) for t, part in zip(total, parts, strict=True)), seen]
 
@@ -281,13 +336,15 @@ class RowsKernel(SoftmaxKernel):
             exact = (self.exact + 4 * r).load(I32) != 0
             shifted = ShiftedExp(ShiftedExp.count_for(high), short=True, capped=False)
 
+            times_share = shifted.times(share)
+
             def relative(c: Value, z: Value) -> Value:
-                return self.kept(r, c).load(self.type, z.lanes) if self.keeps else shifted(z)
+                return self.kept(r, c).load(self.type, z.lanes) * share if self.keeps else times_share(z)
 
             when(
                 exact,
-                lambda: self.write_gradient(i, r, x, lambda _, z: exp(z - high), share, scale),
-                lambda: self.write_gradient(i, r, x, relative, share, scale),
+                lambda: self.write_gradient(i, r, x, lambda _, z: exp(z - high) * share, scale),
+                lambda: self.write_gradient(i, r, x, relative, scale),
             )
 
         if self.v.probabilities:
@@ -302,9 +359,9 @@ class RowsKernel(SoftmaxKernel):
         when((self.fates + 4 * r).load(I32) == LIVE, live, dead)
 
     def write_gradient(
-        self, i: Value, r: Value, x: Value, exponential: Callable[[Value, Value], Value], share: Value, scale: Value
+        self, i: Value, r: Value, x: Value, shared: Callable[[Value, Value], Value], scale: Value
     ) -> None:
-        """Row i's gradient by its logits."""
+        """Row i's gradient by its logits; `shared` is a class's exponential times `Loss.share`."""
         t = weight = None
         if not self.v.probabilities:
             t = (self.indices + 8 * r).load(I64)
@@ -313,16 +370,16 @@ class RowsKernel(SoftmaxKernel):
         def gradient(c: Value, lanes: int, with_target: bool = False) -> Value:
             z, bent = self.logit_of(self.load_raw(x, c, lanes))
             probability, own = self.load_probability(i, c, lanes), self.load_weight(c, lanes)
-            g = self.gradient(exponential(c, z) * share, None, probability, own, scale)
+            g = self.gradient(shared(c, z), None, probability, own, scale)
             if with_target and t is not None:
                 g = (iota(self.b, lanes) == (t - c).trunc(I32)).select(g - self.pulled(weight, scale), g)
             return g if bent is None else g * (1.0 - bent * bent)
 
         def ahead(c: Value) -> None:
-            # The row of the next group that will take this one's place. Into L2: (2,048, 32,000) takes 13.0 ms so, 14.1
-            # where it is into L1.
+            # Beyond the row of the next group that will take this one's place. Into L2: (2,048, 32,000) takes 13.0 ms
+            # so, 14.1 where it is into L1.
             at = x + self.size * self.a["logits_row"] + c * storage.itemsize(self.v.logits)
-            at.prefetch(level=2)
+            (at + FAR_AHEAD).prefetch(level=2)
 
         self.write_row("grad", i, gradient, t, ahead)
 

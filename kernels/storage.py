@@ -31,7 +31,7 @@ def load_pair(address: Value, storage: str, compute: ir.Type, lanes: int) -> lis
     """Twice as many elements as two vectors, in any order: for sums."""
     if storage == "bfloat16":  # two in a word: one instruction for each vector, not two
         words = address.load(I32, lanes, align=itemsize(storage))
-        return [(words << 16).bits(F32).to(compute), (words & -(1 << 16)).bits(F32).to(compute)]
+        return [(words << 16).bits(F32).to(compute), (words & words.lift(-(1 << 16)).held()).bits(F32).to(compute)]
     return [load(address + k * lanes * itemsize(storage), storage, compute, lanes) for k in range(2)]
 
 

@@ -163,6 +163,10 @@ class Value:
         """0 <= self < bound for integers, in one unsigned comparison."""
         return self._new(self.b.icmp_unsigned("<", self.v, self.lift(bound).v))
 
+    def above(self, bound: Number) -> Value:
+        """self > bound as unsigned integers."""
+        return self._new(self.b.icmp_unsigned(">", self.v, self.lift(bound).v))
+
     def isnan(self) -> Value:
         return self._new(self.b.fcmp_unordered("uno", self.v, self.v))
 

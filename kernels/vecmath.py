@@ -212,12 +212,15 @@ def _avx512(name: str, *operands: Value, immediate: int | None = None) -> Value:
     return _in_registers(emit, *operands)
 
 
-def looked_up(numbers: Sequence[int], index: Value) -> Value:
-    """numbers[index % len(numbers)], int32 as index is: 32 of them in two registers of AVX-512, or 8 in one of AVX2."""
+def looked_up(numbers: Sequence[int], index: Value, flipped: Value | None = None) -> Value:
+    """numbers[index % len(numbers)], int32 as index is: 32 of them in two registers of AVX-512, or 8 in one of AVX2;
+    the bits of a number `flipped` are."""
     if len(numbers) == 8:
         table = full_of(index.b, I32, numbers)
         return _in_registers(lambda part: table.named("llvm.x86.avx2.permd", part), index, width=8)
     low, high = (full_of(index.b, I32, numbers[k : k + 16]).held() for k in (0, 16))
+    if flipped is not None:
+        low, high = low ^ flipped, high ^ flipped
     return _in_registers(lambda part: low.named("llvm.x86.avx512.vpermi2var.d.512", part, high), index)
 
 

@@ -315,8 +315,9 @@ def gradient_bound(truth: Truth, operand: str, dtype: Any) -> NDArray[Any]:
     """The bound of a gradient: eight roundings of half an ulp, and `CANCELLATION` eps of what cancels."""
     compute = compute_dtype(dtype)
     eps = float(np.finfo(compute).eps)
-    # exp stops at the least normal number instead of going on to 0.
-    least = float(np.finfo(compute).tiny) * np.maximum(1, truth.terms.get(operand, 0))
+    # exp stops at the least normal number (where tables give powers of 2 at its double; and it is relative to a maximum
+    # rounded to a power of 2) instead of going on to 0.
+    least = 3 * float(np.finfo(compute).tiny) * np.maximum(1, truth.terms.get(operand, 0))
     bound = 4 * ulp(getattr(truth, operand), compute) + CANCELLATION * eps * truth.terms.get(operand, 0)
     return np.asarray(bound + least)
 
