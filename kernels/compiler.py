@@ -18,7 +18,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from .values import F64, I64, Value, element
+from .values import CACHE_LINE, F64, I64, Value, element
 
 Emit = Callable[..., Value | None]
 Features = frozenset[str]
@@ -45,6 +45,9 @@ def module_of(emit: Emit, arity: int, features: Features = frozenset()) -> ir.Mo
     module = ir.Module(name)
     module.features = features
     function = ir.Function(module, ir.FunctionType(I64 if returns else ir.VoidType(), [I64] * arity), name)
+    # What a loop spills must not straddle lines, or pages: BCE's gradient took 13 ms with some threads' stacks, not 10.
+    function.attributes.alignstack = CACHE_LINE
+    function.attributes.add("nounwind")  # llvmlite writes no attributes where there is none of this kind
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     out = emit(*(Value(builder, argument) for argument in function.args))
     if out is None:
