@@ -3,8 +3,8 @@
     python benchmarks/scheduling.py [--threads 1 2 4] [--kinds mse cross_entropy-1000 ...]
 
 Each number of threads has a process of its own. A line is a kind of loss and a size: bytes that are read and written,
-chunks, microseconds on one thread and on all, and what fastloss chooses. The choices are `PARALLEL_BYTES`, `CHUNK` and
-`LARGE_CHUNK` in fastloss/backends/cpu.py.
+chunks, microseconds on one thread and on all, and what fastloss chooses. The choices are `PARALLEL_BYTES`, `CHUNK`,
+`LARGE_CHUNK` and `MANY` in fastloss/backends/cpu.py.
 """
 
 from __future__ import annotations

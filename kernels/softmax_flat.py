@@ -45,7 +45,7 @@ class FlatKernel(SharedReferenceKernel):
 
         def some(many: int) -> Callable[[Value, Value], list[Value]]:
             def turn(k: Value, seen: Value) -> list[Value]:
-                (x + k * self.size).prefetch_ahead(many * LANES * self.size)
+                (x + k * self.size).prefetch_ahead(many * LANES * self.size, far=True)
                 for place in (k + j * LANES for j in range(many)):
                     p, scale, seen = shifted.watched(self.logits(x + place * self.size), seen)
                     (self.scratch + place * BYTES).store(p * scale)

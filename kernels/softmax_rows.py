@@ -10,7 +10,7 @@ from . import storage
 from .softmax_exp import HalfRange, ShiftedExp
 from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
 from .targets import LIVE
-from .values import F64, I1, I16, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
+from .values import F64, FAR_AHEAD, I1, I16, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
 from .vecmath import exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
@@ -21,9 +21,6 @@ MAX_SUM = 2.0**60
 # Logits of the rows that are finished together where gradients are wanted: their exponentials, or what these are
 # computed from again, must stay in L1. 65,536 x 1,000 on two cores of Zen 4: 10.4 ms by two rows, 12.0 by eight.
 KEPT_LOGITS, AGAIN_LOGITS = 4096, 2048
-# Bytes asked for ahead where a gradient follows or logits are half as wide, so that arithmetic takes as long as memory:
-# 512, as elsewhere on Zen 4, takes a tenth longer there.
-FAR_AHEAD = 4096
 
 # of class c's logit z, relative to a reference, as two factors; and what was seen so far of all logits
 Exponential = Callable[[Value, Value, Value], tuple[Value, Value, Value]]
@@ -41,7 +38,7 @@ class RowsKernel(SoftmaxKernel):
         # whether this call of the kernel has met logits far from their references, as masks are
         self.met_far = self.column(I32)
         self.met_far.store(full(self.b, I32, 1))
-        self.distance = FAR_AHEAD if self.v.grad or self.half else None
+        self.far = self.half or bool(self.v.grad)
         names = {"exponentials": F64, "high": self.wide}
         names |= {"count": self.wide} if self.plain else dict.fromkeys(("low", "origin", "mass", "dot"), F64)
         if not self.v.probabilities:
@@ -224,7 +221,7 @@ class RowsKernel(SoftmaxKernel):
             part, mass, dot, seen = state
             if live is None:
                 size = storage.itemsize(self.v.logits)
-                (x + c * size).prefetch_ahead(LANES * size, self.distance)
+                (x + c * size).prefetch_ahead(LANES * size, self.far)
             z = self.load_logits(x, c)
             p, scale, seen = exponential(c, z, seen)
             more = p.fma(scale, part)
@@ -240,7 +237,7 @@ class RowsKernel(SoftmaxKernel):
         def pair(c: Value) -> list[Value]:
             """The logits of classes c .. c + 2 LANES, in whatever order is cheapest."""
             size = storage.itemsize(self.v.logits)
-            (x + c * size).prefetch_ahead(2 * LANES * size, self.distance)
+            (x + c * size).prefetch_ahead(2 * LANES * size, self.far)
             if self.keeps:
                 return [self.load_logits(x, c + k) for k in (0, LANES)]
             return [self.logit_of(raw)[0] for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES)]

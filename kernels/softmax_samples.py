@@ -425,11 +425,11 @@ class ShortKernel(SamplesKernel):
             return storage.widened(raw, kind, self.type)
 
         if self.v.few:
-            first.prefetch_ahead(self.v.few * LANES * SIZE[elem])
+            first.prefetch_ahead(self.v.few * LANES * SIZE[elem], far=self.v.few > 2)
             return InRegisters([held(x) for x in load_classes(first, self.v.few, elem, read)])
 
         def quad(c: Value) -> None:
-            (first + c * (LANES * SIZE[elem])).prefetch_ahead(QUAD * LANES * SIZE[elem])
+            (first + c * (LANES * SIZE[elem])).prefetch_ahead(QUAD * LANES * SIZE[elem], far=True)
             vectors = load_quad(first + c * SIZE[elem], row, elem, read)
             for k, vector in enumerate(transposed(vectors)):
                 self.place(c + k, array).store(held(vector))

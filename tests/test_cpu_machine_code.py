@@ -148,6 +148,15 @@ def test_no_call_without_fma(kernel: str) -> None:
     assert not [line for line in code if "fma" in line]
 
 
+@pytest.mark.parametrize("machine", [name for name in MACHINES if MACHINES[name][0] == X86])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_spilled_registers_lie_on_cache_lines(kernel: str, machine: str) -> None:
+    """A caller aligns its stack to sixteen bytes; what straddles two pages takes many times as long."""
+    code, _ = instructions(assembly(kernel, machine))
+    aligned = any(re.match(r"andq\s+\$-(64|128|256), %rsp", line) for line in code)
+    assert aligned or not any("(%rsp)" in line for line in code)
+
+
 # ---- the reader itself
 
 
