@@ -49,7 +49,8 @@ stay in the caches: their calls are timed back to back for 10 ms a turn, the bes
 
 All contenders share one pair of arrays, made before. NumPy is the plain formula; torch is eager; torch.compile
 (`dynamic=False`) and JAX (`jit`) compile for each shape, and gradients come from `torch.autograd.grad` and
-`jax.value_and_grad`, in new memory. fastloss writes gradients into memory that is used again (`grad_out=`).
+`jax.value_and_grad`, in new memory. fastloss writes gradients into memory that is used again
+(`grad_out=`), or where a row says so returns its own.
 """
 
 
