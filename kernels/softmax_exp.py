@@ -81,12 +81,11 @@ class ShiftedExp:
         return r, t.bits(k.integer)
 
     def _factors(self, r: Value, bits: Value) -> tuple[Value, Value]:
-        if self.size == 1:
-            return horner(r, self.coefficients), power_of_2(bits)
+        scale = power_of_2(bits) if self.size == 1 else _looked_up_power_of_2(bits, self.size)
         if not self.square:
-            return horner(r, self.coefficients), _looked_up_power_of_2(bits, self.size)
+            return horner(r, self.coefficients), scale
         centred = r + SQUARE_CENTRE
-        return centred.fma(centred, SQUARE_REST), _looked_up_power_of_2(bits, self.size)
+        return centred.fma(centred, SQUARE_REST), scale
 
     def factors(self, x: Value, floored: bool = True) -> tuple[Value, Value]:
         """Two factors of the result: a sum takes them by one fma. Not `floored` where no argument is far below."""

@@ -255,7 +255,8 @@ class RowsKernel(SoftmaxKernel):
                 return loop(start, stop, 2 * LANES, state, add_pair)[1]
 
             end = start + ((stop - start) & -(2 * LANES))
-            if shifted is None or not self.half:
+            # AVX2 has too few registers to look at what it does not keep
+            if shifted is None or not (self.half and (self.keeps or self.n.may_use("avx512"))):
                 return [end, *watched()]
             bounds, factors = HalfRange(shifted, self.v.logits), shifted.factors
 
