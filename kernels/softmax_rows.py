@@ -39,6 +39,10 @@ class RowsKernel(SoftmaxKernel):
         self.met_far = self.column(I32)
         self.met_far.store(full(self.b, I32, 1))
         self.far = self.half or bool(self.v.grad)
+        # AVX2 has too few registers for a sum of every other vector, and to look at half types that it does not keep.
+        registers = self.n.may_use("avx512")
+        self.n_parts = 2 if registers else 1
+        self.looks = self.half and (self.keeps or registers)
         names = {"exponentials": F64, "high": self.wide}
         names |= {"count": self.wide} if self.plain else dict.fromkeys(("low", "origin", "mass", "dot"), F64)
         if not self.v.probabilities:
@@ -234,67 +238,82 @@ class RowsKernel(SoftmaxKernel):
                 new = new._replace(mass=live.select(new.mass, mass), dot=live.select(new.dot, dot))
             return [*new, seen]
 
-        def pair(c: Value) -> list[Value]:
-            """The logits of classes c .. c + 2 LANES, in whatever order is cheapest."""
-            size = storage.itemsize(self.v.logits)
-            (x + c * size).prefetch_ahead(2 * LANES * size, self.far)
-            if self.keeps:
-                return [self.load_logits(x, c + k) for k in (0, LANES)]
-            return [self.logit_of(raw)[0] for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES)]
-
-        def add_pair(c: Value, part: Value, mass: Value, dot: Value, seen: Value) -> list[Value]:
-            for k, z in enumerate(pair(c)):
-                p, scale, seen = exponential(c + k * LANES, z, seen)
-                part = p.fma(scale, part)
-            return [part, mass, dot, seen]
-
-        def add_pairs(start: Value, stop: Value, state: Sequence[Value]) -> list[Value]:
-            """Classes start .. stop, all that make pairs; and where these end."""
-
-            def watched() -> list[Value]:
-                return loop(start, stop, 2 * LANES, state, add_pair)[1]
-
-            end = start + ((stop - start) & -(2 * LANES))
-            # AVX2 has too few registers to look at what it does not keep
-            if shifted is None or not (self.half and (self.keeps or self.n.may_use("avx512"))):
-                return [end, *watched()]
-            bounds, factors = HalfRange(shifted, self.v.logits), shifted.factors
-
-            def add_near_pair(c: Value, part: Value, *near: Value) -> list[Value]:
-                for k, z in enumerate(pair(c)):
-                    p, scale = factors(z, floored=False)
-                    part = p.fma(scale, part)
-                    if self.keeps:
-                        self.kept(r, c + k * LANES).store(p * scale)
-                return [part, *bounds.more(near, (x + c * 2).load(I16, 2 * LANES))]
-
-            def add_near() -> list[Value]:
-                _, (part, *near) = loop(start, stop, 2 * LANES, [zero, *HalfRange.start(self.b)], add_near_pair)
-                return [part, bounds.left(near)]
-
-            def again() -> list[Value]:
-                self.met_far.store(full(self.b, I32, 1, 1))
-                return watched()
-
-            part, far = when(self.met_far.load(I32) == 0, add_near, lambda: [zero, full(self.b, I1, 1, 1)])
-            return [end, *when(far, again, lambda: [part, *state[1:]])]
-
         def block(start: Value, *state: Value) -> list[Value]:
             *total, seen = state
             stop = (start + flush).at_most(whole)
-            none = [*[zero] * 3, seen]
-            c, *parts = add_pairs(start, stop, none) if self.plain else [start, *none]
-            _, (*parts, seen) = loop(c, stop, LANES, parts, lambda c, *s: add(c, s))
+            part = zero
+            if self.plain:
+                part, seen = self.sum_pairs(r, x, (start, stop), seen, exponential, shifted)
+                start = start + ((stop - start) & -(2 * LANES))
+            _, (*parts, seen) = loop(start, stop, LANES, [part, zero, zero, seen], lambda c, *s: add(c, s))
             return [*(t + part.to(F64) for t, part in zip(total, parts, strict=True)), seen]
 
         whole = self.classes & -LANES
-        alone = self.plain or (self.v.shard and not (self.v.probabilities or self.v.smoothing))
-        flush = FLUSH if alone else FLUSH_MASS
+        alone = self.v.shard and not (self.v.probabilities or self.v.smoothing)
+        flush = self.n_parts * FLUSH if self.plain else FLUSH if alone else FLUSH_MASS
         _, (*totals, seen) = loop(self.begin, whole + (flush - 1), flush, [*[wide] * 3, nothing], block)
         # the last vector overlaps what was done; only the lanes that are new count
         rest = (self.classes - whole).trunc(I32)
         *parts, seen = add(self.classes - LANES, [*[zero] * 3, seen], iota(self.b, LANES) >= (LANES - rest))
         return ClassSums(*((t + part.to(F64)).sum() for t, part in zip(totals, parts, strict=True))), seen
+
+    def sum_pairs(
+        self,
+        r: Value,
+        x: Value,
+        span: tuple[Value, Value],
+        seen: Value,
+        exponential: Exponential,
+        shifted: ShiftedExp | None,
+    ) -> list[Value]:
+        """The sum over a span of a row's classes, as many as make pairs of vectors, and what was seen."""
+        zero, n_parts = full(self.b, self.type, LANES), self.n_parts
+        size = storage.itemsize(self.v.logits)
+
+        def pair(c: Value) -> list[Value]:
+            """The logits of classes c .. c + 2 LANES; in whatever order is cheapest, unless they are kept."""
+            (x + c * size).prefetch_ahead(2 * LANES * size, self.far)
+            if self.keeps:
+                return [self.load_logits(x, c + k) for k in (0, LANES)]
+            return [self.logit_of(raw)[0] for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES)]
+
+        def added(parts: Sequence[Value]) -> Value:
+            return parts[0] if n_parts == 1 else parts[0] + parts[1]
+
+        def add(c: Value, *state: Value) -> list[Value]:
+            *parts, seen = state
+            for k, z in enumerate(pair(c)):
+                p, scale, seen = exponential(c + k * LANES, z, seen)
+                parts[k % n_parts] = p.fma(scale, parts[k % n_parts])
+            return [*parts, seen]
+
+        def watched() -> list[Value]:
+            _, (*parts, new) = loop(*span, 2 * LANES, [*[zero] * n_parts, seen], add)
+            return [added(parts), new]
+
+        if shifted is None or not self.looks:
+            return watched()
+        bounds, factors = HalfRange(shifted, self.v.logits), shifted.factors
+
+        def add_near(c: Value, *state: Value) -> list[Value]:
+            parts, near = list(state[:n_parts]), state[n_parts:]
+            for k, z in enumerate(pair(c)):
+                p, scale = factors(z, floored=False)
+                parts[k % n_parts] = p.fma(scale, parts[k % n_parts])
+                if self.keeps:
+                    self.kept(r, c + k * LANES).store(p * scale)
+            return [*parts, *bounds.more(near, (x + c * size).load(I16, 2 * LANES))]
+
+        def near() -> list[Value]:
+            _, state = loop(*span, 2 * LANES, [*[zero] * n_parts, *HalfRange.start(self.b)], add_near)
+            return [added(state[:n_parts]), bounds.left(state[n_parts:])]
+
+        def again() -> list[Value]:
+            self.met_far.store(full(self.b, I32, 1, 1))
+            return watched()
+
+        part, far = when(self.met_far.load(I32) == 0, near, lambda: [zero, full(self.b, I1, 1, 1)])
+        return when(far, again, lambda: [part, seen])
 
     def maximum(self, x: Value) -> Value:
         """The largest logit of a row, NaN left out."""
