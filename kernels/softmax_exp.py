@@ -15,12 +15,12 @@ TABLES = {"avx512": 32, "avx2": 8}
 # exp(r) for |r| <= ln(2) / (2 size): 2.6e-8 with 8
 EXP_OF_EIGHTH = [1.0, 1.0, 0.5000647306442261, 0.1666686236858368]
 # With 32 as (SQUARE_CENTRE + r)**2 / 2 + SQUARE_REST / 2: an addition and a fused multiply-add, not two of these, which
-# look-ups in two registers keep waiting on Zen 4: 14.8 cycles for 32 numbers of a sum become 13.7
-SQUARE_CENTRE, SQUARE_REST = 1.0000146627426147, 0.9999706745
+# look-ups in two registers keep waiting on Zen 4: 14.8 cycles for 32 numbers of a sum become 13.7. 5.3e-8
+SQUARE_CENTRE, SQUARE_REST = 1.0000146627426147, 0.9999706745147705
 
 
 def _looked_up_power_of_2(n: Value, size: int, sign: Value | None = None) -> Value:
-    """2**(n / size - bias) for int32 of which only the low bits count, as a float32; bits of `sign` are added to it."""
+    """2**(n / size - bias) for int32 of which only the low bits count, as a float32 that has `sign`'s sign bit."""
     k, shift = FORMATS[F32], FORMATS[F32].mantissa - (size.bit_length() - 1)
     # the mantissas, less what the shifted n adds to them
     mantissas = [round((2 ** (j / size) - 1) * 2**k.mantissa) - (j << shift) for j in range(size)]

@@ -14,7 +14,8 @@ from .values import F64, FAR_AHEAD, I1, I16, I32, I64, INT_OF, LANES, SIZE, Valu
 from .vecmath import exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
-# Numbers of the compute type added in 16 lanes before they move to float64: exponentials alone, or masses beside them.
+# Numbers of the compute type added in 16 lanes of a sum before they move to float64: exponentials alone, or masses
+# beside them.
 FLUSH, FLUSH_MASS = 512, 128
 # A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
 MAX_SUM = 2.0**60

@@ -314,6 +314,30 @@ def test_shifted_exp_is_accurate_at_every_count(
 
 
 @DTYPES
+@pytest.mark.parametrize("short", [True, False])
+def test_shifted_exp_times_a_number(dtype: type, short: bool, rng: np.random.Generator) -> None:
+    """Of either sign, or 0; it may be moved into the exponential."""
+    elem, size = ELEMENT[dtype], SIZE[ELEMENT[dtype]]
+
+    def emit(source: Value, target: Value, n: Value, count: Value, share: Value) -> None:
+        scaled = ShiftedExp(count.load(elem), short, capped=False).times(share.load(elem))
+        loop(
+            Value(n.b, I64(0)), n, LANES, [],
+            lambda i: (target + i * size).store(scaled((source + i * size).load(elem, LANES))),
+        )  # fmt: skip
+
+    call = compiler.callable_of(emit, 5, ("times", dtype.__name__, short))
+    x = np.append(rng.uniform(-20, 20, 4095), -INF).astype(dtype)
+    y, count = np.empty_like(x), np.array([3], dtype)
+    for number in (1.0, -1.0, 0.37, -2.5e-20, 1e-42, -7e18, 0.0):
+        share = np.array([number], dtype)
+        call(x.ctypes.data, y.ctypes.data, x.size, count.ctypes.data, share.ctypes.data)
+        expected = np.exp(x.astype(np.longdouble) - 3 * np.longdouble(float(LN2[dtype]))) * share
+        np.testing.assert_allclose(y, expected, rtol=5e-7 if dtype == np.float32 else 1e-15, atol=1e-36)
+        assert y[-1] == 0
+
+
+@DTYPES
 def test_shifted_exp_saturates(dtype: type) -> None:
     run, largest = shifted(dtype, False), float(np.finfo(dtype).max)
     bias = 127 if dtype == np.float32 else 1023
