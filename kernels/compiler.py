@@ -102,6 +102,13 @@ def features_of(target: llvm.TargetMachine) -> Features:
     return frozenset(name for name, there in found.items() if there)
 
 
+@cache
+def host_features() -> Features:
+    """What kernels may use on this CPU."""
+    with _lock:
+        return features_of(machine())
+
+
 def _parsed(text: str, target: llvm.TargetMachine) -> llvm.ModuleRef:
     parsed = llvm.parse_assembly(text)
     parsed.triple, parsed.data_layout = target.triple, str(target.target_data)

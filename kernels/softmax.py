@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from . import storage
 from .compiler import Variant
 from .softmax_flat import FlatKernel
+from .softmax_packed import PackedKernel
 from .softmax_planes import PlanesKernel
 from .softmax_rows import KEPT_LOGITS, RowsKernel
 from .softmax_samples import GATHERED, ShortKernel, TileKernel
 from .values import CACHE_LINE, F32, LANES, SIZE, Value
 
-KERNELS = {"flat": FlatKernel, "planes": PlanesKernel, "rows": RowsKernel, "tile": TileKernel, "short": ShortKernel}
+KERNELS = {
+    "flat": FlatKernel,
+    "packed": PackedKernel,
+    "planes": PlanesKernel,
+    "rows": RowsKernel,
+    "short": ShortKernel,
+    "tile": TileKernel,
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class SoftmaxVariant(Variant):
     """One kernel: the options that change the loop. Storages are names of `storage.MEMORY`."""
 
     layout: str  # of `KERNELS`
-    few: int  # the number of classes where it is compiled in ("short" only), else 0
+    few: int  # the number of classes where it is compiled in ("short", "packed"), else 0
     compute: str  # "float32" or "float64"
     logits: str  # storage
     probabilities: str | None = None  # storage of class probabilities; None: class indices
@@ -60,6 +68,8 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
         return max(classes, KEPT_LOGITS) * storage.itemsize(variant.compute)
     if variant.layout == "flat":
         return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
+    if variant.layout == "packed":
+        return tile * SIZE[F32] + (classes * tile * SIZE[F32] + CACHE_LINE if variant.grad else 0)
     if variant.layout == "planes":
         return (classes + 1 if variant.grad else 1) * tile * SIZE[F32]
     if variant.layout == "tile":

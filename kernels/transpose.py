@@ -131,11 +131,7 @@ def _unzipped(vectors: Sequence[Value]) -> list[Value]:
     if classes == 1:
         return list(vectors)
     factor = _factor(classes)
-    each = classes // factor
-    parts = []
-    for k in range(factor):  # every factor-th element from the k-th on: rows of the classes k, k + factor, ...
-        places = [[divmod((LANES * v + lane) * factor + k, LANES) for lane in range(LANES)] for v in range(each)]
-        parts.append(_unzipped([_gathered(vectors, row) for row in places]))
+    parts = [_unzipped(part) for part in _strided(vectors, factor)]
     return [parts[c % factor][c // factor] for c in range(classes)]
 
 
@@ -155,12 +151,51 @@ def _zipped(vectors: Sequence[Value]) -> list[Value]:
     return [_gathered(parts, [place(LANES * v + lane) for lane in range(LANES)]) for v in range(classes)]
 
 
+def _strided(vectors: Sequence[Value], factor: int) -> list[list[Value]]:
+    """Rows, one behind the other, as `factor` such arrays: the k-th has every row's classes k, k + factor, ..."""
+    each = len(vectors) // factor
+    return [
+        [
+            _gathered(vectors, [divmod((LANES * v + lane) * factor + k, LANES) for lane in range(LANES)])
+            for v in range(each)
+        ]
+        for k in range(factor)
+    ]
+
+
+def packed_sums(vectors: Sequence[Value]) -> Value:
+    """The sum of each of sixteen rows that lie one behind the other, in the order of `row_sums`."""
+    while len(vectors) > 1:
+        vectors = [_added(numbers) for numbers in zip(*_strided(vectors, _factor(len(vectors))), strict=True)]
+    return vectors[0]
+
+
+def row_sums(classes: Sequence[Value]) -> Value:
+    """The sum of a vector for each class."""
+    while len(classes) > 1:
+        factor = _factor(len(classes))
+        classes = [_added(classes[k : k + factor]) for k in range(0, len(classes), factor)]
+    return classes[0]
+
+
+def _added(numbers: Sequence[Value]) -> Value:
+    total = numbers[0]
+    for number in numbers[1:]:
+        total = total + number
+    return total
+
+
 # ---- by either
 
 
 def starts(classes: int) -> list[int]:
     """First classes of the quads that cover a row of at least four; the last one may overlap the one before it."""
     return [*range(0, classes - QUAD, QUAD), classes - QUAD]
+
+
+def sums_packed(classes: int, like: Value) -> bool:
+    """Whether `packed_sums` of so many vectors takes no more shuffles than quads that are transposed."""
+    return like.may_use("avx512") and 2 * _shuffles(classes) <= 20 * len(starts(max(classes, QUAD)))
 
 
 def load_classes(address: Value, classes: int, elem: ir.Type, read: Convert) -> list[Value]:

@@ -61,6 +61,8 @@ KERNELS = {
     "cross_entropy, wide rows": softmax("rows"),
     "cross_entropy, wide rows, bfloat16": softmax("rows", "bfloat16"),
     "cross_entropy, wide rows, gradient": softmax("rows", grad="float32"),
+    "cross_entropy, ten classes": softmax("packed", few=10),
+    "cross_entropy, ten classes, gradient": softmax("packed", few=10, grad="float32"),
     "cross_entropy, some classes": softmax("flat"),
     "cross_entropy, some classes, gradient": softmax("flat", grad="float32"),
     "cross_entropy, classes apart": softmax("planes"),

@@ -14,8 +14,8 @@ from fastloss.kernels.storage import itemsize
 from table import BY_ID, Rng, Sample, assert_within, check_gradient, check_value, gradient_bound
 
 ROW = BY_ID["cross_entropy"]
-# rows of every number of vectors, images; sixteen samples and a few more, blocks and a few more
-ROWS = [(16, 17), (70, 17), (53, 31), (131, 33), (40, 100), (19, 256)]
+# rows of few classes, of every number of vectors, images; sixteen samples and a few more, blocks and a few more
+ROWS = [(16, 6), (220, 7), (300, 10), (70, 16), (16, 17), (70, 17), (53, 31), (131, 33), (40, 100), (19, 256)]
 SHAPES = [*ROWS, (1, 21, 16), (2, 21, 13, 19), (1, 3, 5000), (3, 256, 120)]
 DTYPES = ["float32", "float16", "bfloat16"]
 NAN, INF = np.nan, np.inf

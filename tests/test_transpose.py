@@ -115,6 +115,23 @@ def test_folded_rows_adds_each_vector_into_its_lane() -> None:
     np.testing.assert_array_equal(out, vectors.sum(1))
 
 
+@pytest.mark.parametrize("classes", CLASSES)
+def test_sums_of_packed_rows_are_those_of_transposed_ones(classes: int) -> None:
+    """To the last bit."""
+    rows = np.random.default_rng(classes).standard_normal((LANES, classes)).astype(np.float32)
+    out = np.zeros((2, LANES), np.float32)
+
+    def emit(source: Value, target: Value) -> None:
+        size = LANES * SIZE[F32]
+        target.store(transpose.packed_sums([(source + c * size).load(F32, LANES) for c in range(classes)]))
+        vectors = transpose.load_classes(source, classes, F32, lambda raw: raw)
+        (target + size).store(transpose.row_sums(vectors))
+
+    run(emit, rows, out)
+    np.testing.assert_array_equal(*out)
+    np.testing.assert_allclose(out[0], rows.sum(1, dtype=np.float64), atol=classes * 2e-7)
+
+
 @pytest.mark.parametrize("classes", [4, 5, 8, 21, 31])
 def test_starts_cover_every_class_within_the_row(classes: int) -> None:
     covered = {c for first in transpose.starts(classes) for c in range(first, first + 4)}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .. import runtime
-from ..kernels import softmax_flat, softmax_planes
-from ..kernels.compiler import Variant
+from ..kernels import softmax_flat, softmax_packed, softmax_planes
+from ..kernels.compiler import Variant, host_features
 from ..kernels.entry import RAW, Entry, Place
 from ..kernels.nll import NLLVariant
 from ..kernels.pointwise import SUMS, PointwiseVariant
@@ -40,7 +40,7 @@ from .layout import Samples, address, records
 # of work does (TBB), so that 15 to 30 us of work are needed. benchmarks/scheduling.py measures it.
 PARALLEL_BYTES = 512 * 1024
 # What a byte costs under the other drivers, at least.
-COST = {"rows": 1.3, "flat": 1.7, "planes": 1.7, "short": 2.7, "tile": 2.7}
+COST = {"rows": 1.3, "flat": 1.7, "packed": 2.3, "planes": 1.7, "short": 2.7, "tile": 2.7}
 # Work on fewer bytes takes a few us, and other Python threads wait for it: handing over to one and back costs more.
 SHARED_BYTES = 64 * 1024
 # Results larger than this leave by streaming stores: they would not stay in the cache anyway.
@@ -61,6 +61,8 @@ MAX_SHORT = 64
 # Rows of so many classes, without options, are taken as if there were no rows: 1.1 times as fast as transposed at 21,
 # 1.6 at 64, and 1.8 times as fast as row by row at 100, 1.3 at 256. More classes are too many for float32 sums.
 MIN_FLAT, MAX_SHARED = 17, 256
+# So are fewer classes with AVX-512: 1.3 times as fast as transposed at 6, 1.05 at 10.
+MIN_PACKED = 6
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096
 
@@ -264,11 +266,13 @@ def softmax_task(
         layout = "rows" if by_row else "tile"
     variant = softmax_variant(layout, 0, *options)
     if variant.plain and not variant.softcap and variant.compute == "float32" and classes <= MAX_SHARED:
-        if by_row and classes >= MIN_FLAT:
-            layout = "flat"
-        elif layout == "tile":
+        if not by_row:
             layout = "planes"
-    few = classes if layout == "short" and classes <= MAX_FEW else 0
+        elif classes >= MIN_FLAT:
+            layout = "flat"
+        elif classes >= MIN_PACKED and "avx512" in host_features():
+            layout = "packed"
+    few = classes if layout in ("short", "packed") and classes <= MAX_FEW else 0
     table = samples.records(by_row)
     if few or layout == "flat":  # their rows are read as one piece
         for record in table[:N_CLASSY]:
@@ -282,6 +286,8 @@ def softmax_task(
     tile = min(MAX_TILE, max(LANES, TILE_BYTES // (classes * itemsize(variant.compute)) // LANES * LANES))
     if layout == "flat":
         tile = softmax_flat.block_of(classes)
+    elif layout == "packed":
+        tile = softmax_packed.block_of(classes)
     elif layout == "planes":
         tile = softmax_planes.block_of(classes, grad is not None)
     template = _template(classes, weight, ignore_index)
