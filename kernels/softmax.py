@@ -68,9 +68,7 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
         return max(classes, KEPT_LOGITS) * storage.itemsize(variant.compute)
     if variant.layout == "flat":
         return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
-    if variant.layout == "packed":
-        return tile * SIZE[F32] + (classes * tile * SIZE[F32] + CACHE_LINE if variant.grad else 0)
-    if variant.layout == "planes":
+    if variant.layout in ("packed", "planes"):
         return (classes + 1 if variant.grad else 1) * tile * SIZE[F32]
     if variant.layout == "tile":
         return classes * tile * storage.itemsize(variant.compute)

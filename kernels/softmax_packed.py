@@ -7,10 +7,9 @@ from typing import Any
 
 from . import storage
 from .softmax_exp import ShiftedExp
-from .softmax_flat import FlatKernel
-from .softmax_shared import BYTES
-from .transpose import load_classes, packed_sums, row_sums, store_classes, sums_packed
-from .values import F32, I32, LANES, Value, full, full_of, loop, when
+from .softmax_shared import BYTES, SharedReferenceKernel
+from .transpose import load_classes, packed_sums, packed_sums_pay, row_sums, store_classes
+from .values import F32, I32, I64, LANES, Value, full, full_of, loop, when
 
 VECTOR = LANES * BYTES
 # Logits of a block: so few that memory is read while its rows are finished too. 1,048,576 x 10 takes 1.4 ms on two
@@ -23,13 +22,17 @@ def block_of(classes: int) -> int:
     return max(LANES, BLOCK_LOGITS // classes // LANES * LANES)
 
 
-class PackedKernel(FlatKernel):
-    """The number of classes is compiled in. Scratch has a block's sums; where gradients are wanted, its exponentials
-    before them."""
+class PackedKernel(SharedReferenceKernel):
+    """The number of classes is compiled in. Scratch holds a block's sums, and behind them, where gradients are wanted,
+    its exponentials as the logits lie in memory."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.sums_at = self.scratch + self.to_gradients if self.v.grad else self.scratch
+        self.a["logits_step"] = Value(self.b, I64(self.size))
+
+    def kept(self, j: Value) -> Value:
+        """Where the exponentials of the block's j-th row are."""
+        return self.scratch + (self.tile + j * self.v.few) * BYTES
 
     def transposed(self, place: Value) -> list[Value]:
         """A vector for each class of sixteen rows, the first of them at a place."""
@@ -38,11 +41,11 @@ class PackedKernel(FlatKernel):
 
     def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
         first = self.a["logits"] + start * self.a["logits_row"]
-        shifted, packed = self.exponential_for(first), sums_packed(self.v.few, first)
+        shifted, packed = self.exponential_for(first), packed_sums_pay(self.v.few, first)
         size = LANES * self.size
 
         def sixteen(j: Value, seen: Value) -> list[Value]:
-            place, kept = first + j * self.a["logits_row"], self.scratch + j * self.pitch
+            place = first + j * self.a["logits_row"]
             place.prefetch_ahead(self.v.few * size, far=True)
             logits = [self.logits(place + c * size) for c in range(self.v.few)] if packed else self.transposed(place)
             terms = []
@@ -51,17 +54,17 @@ class PackedKernel(FlatKernel):
                 terms.append(p * scale)
             if self.v.grad and packed:
                 for c, term in enumerate(terms):
-                    (kept + c * VECTOR).store(term)
+                    (self.kept(j) + c * VECTOR).store(term)
             elif self.v.grad:
-                store_classes(kept, terms, F32, lambda term: term)
-            (self.sums_at + j * BYTES).store(packed_sums(terms) if packed else row_sums(terms))
+                store_classes(self.kept(j), terms, F32, lambda term: term)
+            (self.scratch + j * BYTES).store(packed_sums(terms) if packed else row_sums(terms))
             return [seen]
 
         _, (seen,) = loop(self.begin, stop - start, LANES, [full(self.b, I32, LANES)], sixteen)
         return shifted, ~shifted.overflowed(seen)
 
     def sums_of(self, j: Value) -> Value:
-        return (self.sums_at + j * BYTES).load(F32, LANES)
+        return (self.scratch + j * BYTES).load(F32, LANES)
 
     def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
         logits = self.transposed(self.a["logits"] + i * self.a["logits_row"])
@@ -72,19 +75,19 @@ class PackedKernel(FlatKernel):
         exponential = ShiftedExp(count, short=True, capped=False)
         terms = [exponential(z - offset) for z in logits]
         if self.v.grad:
-            store_classes(self.scratch + j * self.pitch, terms, F32, lambda term: term)
+            store_classes(self.kept(j), terms, F32, lambda term: term)
         return offset, count, row_sums(terms)
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
         kind = self.v.grad or ""
         size = LANES * storage.itemsize(kind)
-        kept, target = self.scratch + j * self.pitch, self.a["grad"] + i * self.a["grad_row"]
+        target = self.a["grad"] + i * self.a["grad_row"]
 
         def written(stream: bool, all_live: bool) -> None:
             for v in range(self.v.few):
                 rows, classes = zip(*(divmod(LANES * v + lane, self.v.few) for lane in range(LANES)), strict=True)
                 less, times, at = (column.shuffle(None, rows) for column in (own, share, t))
-                e = (kept + v * VECTOR).load(F32, LANES)
+                e = (self.kept(j) + v * VECTOR).load(F32, LANES)
                 if not all_live:
                     e = (less == 0.0).select(0.0, e)
                 e = (at == full_of(self.b, I32, classes)).select(e - less, e)
@@ -99,4 +102,4 @@ class PackedKernel(FlatKernel):
             each(False)
 
     def hand_over(self, start: Value, stop: Value) -> None:
-        """Gradients were written where they belong."""
+        """`keep` has written them."""

@@ -47,12 +47,13 @@ class SharedReferenceKernel(SoftmaxKernel):
 
     @abstractmethod
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
-        """Note what exponentials are multiplied by in the gradient, and what the target's has less before that; both 0
-        for samples that do not live, of which there are none if `usual`, and whose exponentials may be NaN."""
+        """Note what exponentials are multiplied by in the gradient, and what the target's has less before that, or
+        write the gradient. Both are 0 for samples that do not live, of which there are none if `usual`, and whose
+        exponentials may be NaN."""
 
     @abstractmethod
     def hand_over(self, start: Value, stop: Value) -> None:
-        """Write the gradients of samples start .. stop."""
+        """Write the gradients of samples start .. stop, unless `keep` has."""
 
     def emit(self) -> None:
         """Write the kernel's body."""

@@ -166,7 +166,8 @@ def _strided(vectors: Sequence[Value], factor: int) -> list[list[Value]]:
 def packed_sums(vectors: Sequence[Value]) -> Value:
     """The sum of each of sixteen rows that lie one behind the other, in the order of `row_sums`."""
     while len(vectors) > 1:
-        vectors = [_added(numbers) for numbers in zip(*_strided(vectors, _factor(len(vectors))), strict=True)]
+        parts = _strided(vectors, _factor(len(vectors)))
+        vectors = [sum(others, first) for first, *others in zip(*parts, strict=True)]
     return vectors[0]
 
 
@@ -174,15 +175,8 @@ def row_sums(classes: Sequence[Value]) -> Value:
     """The sum of a vector for each class."""
     while len(classes) > 1:
         factor = _factor(len(classes))
-        classes = [_added(classes[k : k + factor]) for k in range(0, len(classes), factor)]
+        classes = [sum(classes[k + 1 : k + factor], classes[k]) for k in range(0, len(classes), factor)]
     return classes[0]
-
-
-def _added(numbers: Sequence[Value]) -> Value:
-    total = numbers[0]
-    for number in numbers[1:]:
-        total = total + number
-    return total
 
 
 # ---- by either
@@ -193,7 +187,7 @@ def starts(classes: int) -> list[int]:
     return [*range(0, classes - QUAD, QUAD), classes - QUAD]
 
 
-def sums_packed(classes: int, like: Value) -> bool:
+def packed_sums_pay(classes: int, like: Value) -> bool:
     """Whether `packed_sums` of so many vectors takes no more shuffles than quads that are transposed."""
     return like.may_use("avx512") and 2 * _shuffles(classes) <= 20 * len(starts(max(classes, QUAD)))
 
