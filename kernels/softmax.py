@@ -69,7 +69,8 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
     if variant.layout == "flat":
         return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
     if variant.layout in ("packed", "planes"):
-        return (classes + 1 if variant.grad else 1) * tile * SIZE[F32]
+        columns = 2 if variant.layout == "packed" else 1
+        return (classes + columns if variant.grad else columns) * tile * SIZE[F32]
     if variant.layout == "tile":
         return classes * tile * storage.itemsize(variant.compute)
     if variant.layout == "short" and variant.few and variant.stream:

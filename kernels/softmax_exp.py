@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from .storage import narrowed
 from .values import F32, F64, I16, I32, LANES, Value, full
-from .vecmath import FORMATS, LOG2E, horner, looked_up, power_of_2, split
+from .vecmath import FORMATS, LOG2E, horner, log_of_normal, looked_up, power_of_2, split
 
 # feature of a CPU -> how many powers 2**(j / size) its registers hold to be looked up
 TABLES = {"avx512": 32, "avx2": 8}
@@ -159,6 +159,13 @@ class HalfRange:
         return above.any() | ~self.usable
 
 
+def _linear(e: Value, z: Value) -> Value:
+    """e * LN2 - z, LN2 as in `ShiftedExp`: where the two cancel, what is left is right to its last bits."""
+    k = FORMATS[z.elem]
+    low = k.ln2 - k.ln2_short if z.elem == F32 else k.ln2_short_low
+    return e.fma(low, e.fma(k.ln2_short, -z))
+
+
 def scaled_log(s: Value, count: Value, z: Value) -> tuple[Value, Value]:
     """linear, m: linear + log(m) = log(s) + count * LN2 - z, LN2 as in `ShiftedExp`, for positive normal s; NaN for
     others. m lies in [0.75, 1.5).
@@ -167,8 +174,10 @@ def scaled_log(s: Value, count: Value, z: Value) -> tuple[Value, Value]:
     exponentials are smaller or larger by a power of 2, not a bit changes, and what cancels leaves no error. In float32,
     to take its part of s in LN2 too adds 1.9e-9 for each power of 2 between the sum and what it is mostly made of.
     """
-    k = FORMATS[s.elem]
-    low = k.ln2 - k.ln2_short if s.elem == F32 else k.ln2_short_low
     e, m = split(s)
-    e = e + count
-    return e.fma(low, e.fma(k.ln2_short, -z)), (s > 0.0).select(m, float("nan"))
+    return _linear(e + count, z), (s > 0.0).select(m, float("nan"))
+
+
+def log_of_parts(e: Value, m: Value, z: Value) -> Value:
+    """The same log, of 2**e * m instead of s and count."""
+    return _linear(e, z) + log_of_normal(m)

@@ -9,7 +9,7 @@ from typing import Any
 from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import QUAD, folded_rows
-from .values import CACHE_LINE, F32, I32, I64, LANES, Value, full, iota, loop, when
+from .values import CACHE_LINE, DEEP, F32, I32, I64, LANES, Value, full, iota, loop, when
 
 BLOCK_LOGITS, MAX_BLOCK = 2048, 64  # of a block, that stays in L1; rows of it
 UNROLL = 4  # vectors of one turn of a loop
@@ -45,7 +45,7 @@ class FlatKernel(SharedReferenceKernel):
 
         def some(many: int) -> Callable[[Value, Value], list[Value]]:
             def turn(k: Value, seen: Value) -> list[Value]:
-                (x + k * self.size).prefetch_ahead(many * LANES * self.size, far=True)
+                (x + k * self.size).prefetch_ahead(many * LANES * self.size, DEEP)
                 for place in (k + j * LANES for j in range(many)):
                     p, scale, seen = shifted.watched(self.logits(x + place * self.size), seen)
                     (self.scratch + place * BYTES).store(p * scale)

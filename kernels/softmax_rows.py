@@ -10,7 +10,7 @@ from . import storage
 from .softmax_exp import HalfRange, ShiftedExp
 from .softmax_math import ClassSums, Reference, Samples, SoftmaxKernel
 from .targets import LIVE
-from .values import F64, FAR_AHEAD, I1, I16, I32, I64, INT_OF, LANES, SIZE, Value, full, iota, loop, when
+from .values import DEEP, F64, FAR, I1, I16, I32, I64, INT_OF, LANES, NEAR, SIZE, Value, full, iota, loop, when
 from .vecmath import exp
 
 MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
@@ -39,7 +39,7 @@ class RowsKernel(SoftmaxKernel):
         # whether this call of the kernel has met logits far from their references, as masks are
         self.met_far = self.column(I32)
         self.met_far.store(full(self.b, I32, 1))
-        self.far = self.half or bool(self.v.grad)
+        self.ahead = FAR if self.v.grad else DEEP if self.half else NEAR
         # AVX2 has too few registers for a sum of every other vector, and to look at half types that it does not keep.
         registers = self.n.may_use("avx512")
         self.n_parts = 2 if registers else 1
@@ -226,7 +226,7 @@ class RowsKernel(SoftmaxKernel):
             part, mass, dot, seen = state
             if live is None:
                 size = storage.itemsize(self.v.logits)
-                (x + c * size).prefetch_ahead(LANES * size, self.far)
+                (x + c * size).prefetch_ahead(LANES * size, self.ahead)
             z = self.load_logits(x, c)
             p, scale, seen = exponential(c, z, seen)
             more = p.fma(scale, part)
@@ -273,7 +273,7 @@ class RowsKernel(SoftmaxKernel):
 
         def pair(c: Value) -> list[Value]:
             """The logits of classes c .. c + 2 LANES; in whatever order is cheapest, unless they are kept."""
-            (x + c * size).prefetch_ahead(2 * LANES * size, self.far)
+            (x + c * size).prefetch_ahead(2 * LANES * size, self.ahead)
             if self.keeps:
                 return [self.load_logits(x, c + k) for k in (0, LANES)]
             return [self.logit_of(raw)[0] for raw in storage.load_pair(x + c * size, self.v.logits, self.type, LANES)]
@@ -397,7 +397,7 @@ class RowsKernel(SoftmaxKernel):
             # Beyond the row of the next group that will take this one's place. Into L2: (2,048, 32,000) takes 13.0 ms
             # so, 14.1 where it is into L1.
             at = x + self.size * self.a["logits_row"] + c * storage.itemsize(self.v.logits)
-            (at + FAR_AHEAD).prefetch(level=2)
+            (at + FAR.distance).prefetch(level=2)
 
         self.write_row("grad", i, gradient, t, ahead)
 

@@ -13,7 +13,7 @@ from .softmax_exp import ShiftedExp
 from .softmax_math import ClassSums, Loss, Reference, Samples, SoftmaxKernel
 from .targets import LIVE, Targets, within
 from .transpose import QUAD, load_classes, load_quad, store_classes, store_quad, transposed
-from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, loop, when
+from .values import DEEP, F32, F64, I32, I64, LANES, NEAR, SIZE, Value, full, loop, when
 from .vecmath import log_of_normal
 
 MAX_FEW = 32  # classes that stay in registers and on the stack, their number compiled in: 1.3x at 10, against a loop
@@ -425,11 +425,11 @@ class ShortKernel(SamplesKernel):
             return storage.widened(raw, kind, self.type)
 
         if self.v.few:
-            first.prefetch_ahead(self.v.few * LANES * SIZE[elem], far=self.v.few > 2)
+            first.prefetch_ahead(self.v.few * LANES * SIZE[elem], DEEP if self.v.few > 2 else NEAR)
             return InRegisters([held(x) for x in load_classes(first, self.v.few, elem, read)])
 
         def quad(c: Value) -> None:
-            (first + c * (LANES * SIZE[elem])).prefetch_ahead(QUAD * LANES * SIZE[elem], far=True)
+            (first + c * (LANES * SIZE[elem])).prefetch_ahead(QUAD * LANES * SIZE[elem], DEEP)
             vectors = load_quad(first + c * SIZE[elem], row, elem, read)
             for k, vector in enumerate(transposed(vectors)):
                 self.place(c + k, array).store(held(vector))

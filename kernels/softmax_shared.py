@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import storage
-from .softmax_exp import ShiftedExp, scaled_log
+from .softmax_exp import ShiftedExp, log_of_parts
 from .softmax_math import SoftmaxKernel
-from .targets import LIVE
-from .values import F32, F64, LANES, SIZE, Value, full, loop, when
-from .vecmath import log_of_normal
+from .targets import INVALID, LIVE
+from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, loop, when
+from .vecmath import FORMATS, log_of_normal, split_float32
 
 # A sum outside 1 / MAX_SUM .. MAX_SUM may lack what is too small beside the reference, or be infinite.
 MAX_SUM = 2.0**60
@@ -59,7 +59,8 @@ class SharedReferenceKernel(SoftmaxKernel):
         """Write the kernel's body."""
         rounded = (self.n + (LANES - 1)) & -LANES
         many = ((self.begin + PRODUCT) // self.tile).at_least(1) * self.tile
-        one = full(self.b, F64, LANES, 1.0)
+        # Of samples s in [0.75, 1.5) * 2**e with a target's logit z: the product of the factors, sums of e and z.
+        nothing = [full(self.b, F64, LANES, 1.0), full(self.b, I32, LANES), full(self.b, F64, LANES)]
 
         def block(start: Value, last: Value, state: Sequence[Value]) -> list[Value]:
             stop = (start + self.tile).at_most(last)
@@ -72,8 +73,11 @@ class SharedReferenceKernel(SoftmaxKernel):
         def blocks(start: Value, *state: Value) -> list[Value]:
             last = (start + many).at_most(rounded)
             beyond = last + (self.tile - 1)
-            _, (*new, product) = loop(start, beyond, self.tile, [*state, one], lambda i, *s: block(i, last, s))
-            return [*self.add_term(new[:2], log_of_normal(product)), *new[2:]]
+            _, new = loop(start, beyond, self.tile, [*state, *nothing], lambda i, *s: block(i, last, s))
+            *sums, count, invalid, product, exponents, logits = new
+            for term in (log_of_normal(product), exponents.to(F64) * FORMATS[F32].ln2 - logits):
+                sums = [*self.add_term(sums, term)]
+            return [*sums, count, invalid]
 
         _, state = loop(self.begin, rounded + many - 1, many, self.no_sums(), blocks)
         self.store_sums(state)
@@ -89,6 +93,11 @@ class SharedReferenceKernel(SoftmaxKernel):
         suits = ShiftedExp.suits(highest)
         return suits.select(0.0, highest), suits.select(ShiftedExp.count_for(highest), 0.0)
 
+    def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
+        """The target's logit of each of samples i .. i + 16, the first of them the block's j-th; of those that do not
+        live, of which there are none if `usual`, any."""
+        return self.picked(i, usual)
+
     def exponential_for(self, place: Value) -> ShiftedExp:
         """Relative to about the highest of the logits at a place."""
         return ShiftedExp(ShiftedExp.count_for(self.logits(place).max()), short=True, capped=False)
@@ -97,26 +106,26 @@ class SharedReferenceKernel(SoftmaxKernel):
         self, i: Value, j: Value, shifted: ShiftedExp, fits: Value, state: Sequence[Value]
     ) -> list[Value]:
         """Samples i .. i + 16, the first of them the j-th of its block."""
-        *state, product = state
+        *sums_of_all, live_ones, invalid_ones, product, exponents, logits = state
         sums = self.sums_of(j)
         t, fate, usual = self.targets.sixteen(i, self.n - i)
-        z = self.picked(i, usual)
+        z = self.target_logits(i, j, usual)
         # false for NaN
         good = fits & ~(~((sums < MAX_SUM) & (sums > 1 / MAX_SUM))).any()
 
         def relative() -> list[Value]:
-            return [shifted.count.splat(LANES), z, sums]
+            e, m = split_float32(sums)
+            return [e + shifted.count.to_int(I32), m, z, sums]
 
         def exact() -> list[Value]:
             offset, count, sums = self.again(i, j)
-            return [count, z - offset, sums]
+            e, m = split_float32(sums)
+            return [e + count.to_int(I32), (sums > 0.0).select(m, float("nan")), z - offset, sums]
 
-        count, z, sums = when(good, relative, exact)
-        # a loss is linear + log(rest)
-        linear, rest = scaled_log(sums, count, z)
+        e, m, z, sums = when(good, relative, exact)
         live = fate == LIVE
         if self.v.losses:
-            kept = live.select(linear + log_of_normal(rest), 0.0)
+            kept = live.select(log_of_parts(e.to(F32), m, z), 0.0)
             storage.store(self.a["losses"] + i * storage.itemsize(self.v.losses), kept, self.v.losses)
         if self.v.grad:
             scale = self.p["scale"].splat(LANES)
@@ -124,5 +133,14 @@ class SharedReferenceKernel(SoftmaxKernel):
                 scale = scale * (self.a["upstream"] + 8 * i).load(F64, LANES)
             share = live.select(scale.to(F32) / sums, 0.0)
             self.keep(i, j, t, share, live.select(sums, 0.0), usual)
-        (rest,) = when(usual, lambda: [rest], lambda: [live.select(rest, 1.0)])
-        return [*self.add_samples(state, fate, usual, linear), product * rest.to(F64)]
+
+        def all_() -> list[Value]:
+            return [e, m, z, Value(self.b, I64(LANES)), self.begin]
+
+        def some() -> list[Value]:
+            counts = live.count(), (fate == INVALID).count()
+            return [live.select(e, 0), live.select(m, 1.0), live.select(z, 0.0), *counts]
+
+        e, m, z, more_live, more_invalid = when(usual, all_, some)
+        counts = live_ones + more_live, invalid_ones + more_invalid
+        return [*sums_of_all, *counts, product * m.to(F64), exponents + e, logits + z.to(F64)]

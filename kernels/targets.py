@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import storage
-from .values import I32, I64, LANES, SIZE, Value, constant, iota, when
+from .values import CACHE_LINE, I32, I64, LANES, SIZE, Value, constant, iota, when
 
 IGNORED, LIVE, INVALID = 0, 1, 2  # a sample's fate, an int32
 # Where classes are one shard of the whole, int64 indices count from its first class; these are no class of it.
@@ -64,6 +64,11 @@ class Targets(NamedTuple):
 
         t, fate = when(usual, lambda: [low, live], unusual)
         return t, fate, usual
+
+    def prefetch(self, i: Value, level: int) -> None:
+        """Ask for sixteen samples' indices."""
+        for k in range(0, LANES * storage.itemsize(self.storage), CACHE_LINE):
+            (self._at(i) + k).prefetch(level)
 
     def _at(self, i: Value) -> Value:
         return self.address + i * storage.itemsize(self.storage)

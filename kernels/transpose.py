@@ -8,6 +8,7 @@ halves of a register, and AVX2 transposes 64 numbers with 16 shuffles.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from llvmlite import ir
 
@@ -54,18 +55,20 @@ def folded(quad: Sequence[Value], combine: Callable[[Value, Value], Value]) -> V
     return combine(combine(a, b), combine(c, d))
 
 
+def _neighbours_added(a: Value, b: Value, distance: int) -> Value:
+    """Sums of lanes so far apart: those of a stay where a bit of the lane's number is 0, those of b where it is 1."""
+    lanes = range(LANES)
+    upper = full_of(a.b, I1, [k & distance != 0 for k in lanes])
+    # beside them the others, moved to where these are
+    return upper.select(b, a) + upper.select(a, b).shuffle(None, [k ^ distance for k in lanes])
+
+
 def folded_rows(rows: Sequence[Value]) -> Value:
-    """Sixteen vectors to one: lane r has the sum of the lanes of vector r. 15 additions, two shuffles each."""
+    """Sixteen vectors to one: lane r has the sum of the lanes of vector r. 15 additions, and a shuffle each."""
     distance = LANES // 2
-    rows = list(rows)
     while distance:
-        lanes = range(LANES)
-        upper = full_of(rows[0].b, I1, [k & distance != 0 for k in lanes])
-        rows = [
-            # of a the lanes that stay, of b those that do; beside them the others, moved to where these are
-            upper.select(b, a) + upper.select(a, b).shuffle(None, [k ^ distance for k in lanes])
-            for a, b in zip(rows[:distance], rows[distance:], strict=True)
-        ]
+        pairs = zip(rows[:distance], rows[distance:], strict=True)
+        rows = [_neighbours_added(a, b, distance) for a, b in pairs]
         distance //= 2
     return rows[0]
 
@@ -92,7 +95,66 @@ def store_quad(address: Value, step: int | Value, quad: Sequence[Value], write: 
             (address + (QUAD * q + j) * step).store(_part(raw, q))
 
 
-# ---- without quads: one shuffle of AVX-512 takes any lanes of two vectors of float32
+# ---- without quads: in registers of sixteen float32, which any shuffle crosses
+
+Layout = list[list[tuple[int, int]]]  # of vectors: the row and the class of what lies in each lane
+
+
+def _packed(classes: int) -> Layout:
+    """Sixteen rows, one behind the other."""
+    return [[divmod(LANES * v + lane, classes) for lane in range(LANES)] for v in range(classes)]
+
+
+def _rotated(layout: Layout, width: int) -> list[Layout]:
+    """Steps after which each vector has one group of `width` neighbouring classes, the same in all lanes. There is an
+    odd number of groups, and vectors of all classes of some rows are neighbours.
+
+    In every lane groups follow one another in the same order from vector to vector, but begin with another one. Numbers
+    move through the vectors by as many as their lane is late, by 1, 2, 4, ... in a step. What stays in its lane is only
+    blended with another vector: every pipe of a processor does that, and a shuffle one or two.
+    """
+    lanes, odd = range(LANES), len(layout) // width
+    late = [next(v for v in range(odd) if layout[v][lane][1] < width) for lane in lanes]
+    steps = [layout]
+    for distance in (1 << bit for bit in range((odd - 1).bit_length())):
+        layout = [
+            [layout[v // odd * odd + (v + (late[lane] & distance)) % odd][lane] for lane in lanes]
+            for v in range(len(layout))
+        ]
+        steps.append(layout)
+    return steps
+
+
+def _steps(classes: int) -> list[Layout]:
+    """From packed rows to a vector for each class; of two vectors of a step, at most, is each of the next made."""
+    width = classes & -classes
+    steps = _rotated(_packed(classes), width)
+    while width > 2:  # halve the groups, as if these were all of a row
+        layout = sorted(steps[-1], key=lambda places: (places[0][1] // width, places))
+        width //= 2
+        pairs = [sorted(a + b) for a, b in zip(layout[::2], layout[1::2], strict=True)]
+        steps.append([[at for at in pair if at[1] // width % 2 == half] for pair in pairs for half in (0, 1)])
+    return [*steps, [[(row, c) for row in range(LANES)] for c in range(classes)]]
+
+
+def _moved(vectors: Sequence[Value], steps: Sequence[Layout]) -> list[Value]:
+    """What lies as in the first step, as in the last."""
+    for before, after in pairwise(steps):
+        found = {place: (v, lane) for v, places in enumerate(before) for lane, place in enumerate(places)}
+        vectors = [_gathered(vectors, [found[place] for place in places]) for places in after]
+    return list(vectors)
+
+
+def _gathered(vectors: Sequence[Value], sources: Sequence[Place]) -> Value:
+    """A vector whose lane k is what lies at `sources[k]`, in two vectors at most: which vector, which of its lanes."""
+    first, *others = sorted({v for v, _ in sources})
+    other = vectors[others[0]] if others else None
+    return vectors[first].shuffle(other, [lane if v == first else LANES + lane for v, lane in sources])
+
+
+def _by_lanes(classes: int, like: Value) -> bool:
+    """Whether whole vectors are shuffled rather than quads."""
+    return like.elem == F32 and like.may_use("avx512") and classes < 2 * LANES
 
 
 def _factor(classes: int) -> int:
@@ -100,75 +162,24 @@ def _factor(classes: int) -> int:
     return next(k for k in range(2, classes + 1) if classes % k == 0)
 
 
-def _shuffles(classes: int) -> int:
-    """How many shuffles `_unzipped` takes for so many vectors, and `_zipped`."""
-    if classes == 1:
-        return 0
-    factor = _factor(classes)
-    return classes * (factor - 1) + factor * _shuffles(classes // factor)
-
-
-def _by_lanes(classes: int, like: Value) -> bool:
-    """Whether whole vectors are shuffled rather than quads: those take 20 shuffles and insertions each, of
-    which two are as fast as one of these."""
-    if like.elem != F32 or not like.may_use("avx512"):
-        return False
-    return classes < QUAD or 2 * _shuffles(classes) < 20 * len(starts(classes))
-
-
-def _gathered(vectors: Sequence[Value], places: Sequence[Place]) -> Value:
-    """A vector whose lane k is what lies at `places[k]`: which vector, which of its lanes."""
-    first, *others = sorted({v for v, _ in places})
-    out = vectors[first].shuffle(None, [lane if v == first else 0 for v, lane in places])
-    for k in others:
-        out = out.shuffle(vectors[k], [LANES + lane if v == k else at for at, (v, lane) in enumerate(places)])
-    return out
-
-
-def _unzipped(vectors: Sequence[Value]) -> list[Value]:
-    """Sixteen rows, one behind the other, as a vector for each class."""
-    classes = len(vectors)
-    if classes == 1:
-        return list(vectors)
-    factor = _factor(classes)
-    parts = [_unzipped(part) for part in _strided(vectors, factor)]
-    return [parts[c % factor][c // factor] for c in range(classes)]
-
-
-def _zipped(vectors: Sequence[Value]) -> list[Value]:
-    """The reverse of `_unzipped`."""
-    classes = len(vectors)
-    if classes == 1:
-        return list(vectors)
-    factor = _factor(classes)
-    parts = [vector for k in range(factor) for vector in _zipped(vectors[k::factor])]
-    each = classes // factor
-
-    def place(element: int) -> Place:
-        k, lane = divmod(element // factor, LANES)
-        return element % factor * each + k, lane
-
-    return [_gathered(parts, [place(LANES * v + lane) for lane in range(LANES)]) for v in range(classes)]
-
-
-def _strided(vectors: Sequence[Value], factor: int) -> list[list[Value]]:
-    """Rows, one behind the other, as `factor` such arrays: the k-th has every row's classes k, k + factor, ..."""
-    each = len(vectors) // factor
-    return [
-        [
-            _gathered(vectors, [divmod((LANES * v + lane) * factor + k, LANES) for lane in range(LANES)])
-            for v in range(each)
-        ]
-        for k in range(factor)
-    ]
-
-
 def packed_sums(vectors: Sequence[Value]) -> Value:
-    """The sum of each of sixteen rows that lie one behind the other, in the order of `row_sums`."""
+    """The sum of each of sixteen packed rows, in the order of `row_sums`."""
+    rows = list(range(LANES))  # of what lies in the lanes of the first vector, were rows of one class
     while len(vectors) > 1:
-        parts = _strided(vectors, _factor(len(vectors)))
-        vectors = [sum(others, first) for first, *others in zip(*parts, strict=True)]
-    return vectors[0]
+        factor = _factor(len(vectors))
+        # so many vectors hold sixteen rows of as many classes, all in the same order
+        groups = [vectors[v : v + factor] for v in range(0, len(vectors), factor)]
+        if factor == 2:
+            distance = rows.index(1)  # from row 0
+            vectors = [_neighbours_added(a, b, distance) for a, b in groups]
+            rows = [(row + (LANES if lane & distance else 0)) // 2 for lane, row in enumerate(rows)]
+            continue
+        layout = [[divmod(LANES * v + row, factor) for row in rows] for v in range(factor)]
+        steps = _rotated(layout, 1)
+        rows = [row for row, _ in next(places for places in steps[-1] if places[0][1] == 0)]
+        steps.append([[(row, c) for row in rows] for c in range(factor)])
+        vectors = [row_sums(_moved(group, steps)) for group in groups]
+    return vectors[0].shuffle(None, [rows.index(row) for row in range(LANES)])
 
 
 def row_sums(classes: Sequence[Value]) -> Value:
@@ -187,17 +198,12 @@ def starts(classes: int) -> list[int]:
     return [*range(0, classes - QUAD, QUAD), classes - QUAD]
 
 
-def packed_sums_pay(classes: int, like: Value) -> bool:
-    """Whether `packed_sums` of so many vectors takes no more shuffles than quads that are transposed."""
-    return like.may_use("avx512") and 2 * _shuffles(classes) <= 20 * len(starts(max(classes, QUAD)))
-
-
 def load_classes(address: Value, classes: int, elem: ir.Type, read: Convert) -> list[Value]:
     """A vector for each class of sixteen rows that lie one behind the other; nothing else is read."""
     size = SIZE[elem]
     whole = [read((address + c * LANES * size).load(elem, LANES)) for c in range(classes)]
     if _by_lanes(classes, whole[0]):
-        return _unzipped(whole)
+        return _moved(whole, _steps(classes))
     if classes < QUAD:
         chunks = _load_chunks(address, classes, elem, read)
         return [_picked(chunks, [divmod(classes * j + c, QUAD) for j in range(QUAD)]) for c in range(classes)]
@@ -212,7 +218,7 @@ def store_classes(address: Value, vectors: Sequence[Value], elem: ir.Type, write
     """The reverse of `load_classes`."""
     classes, size = len(vectors), SIZE[elem]
     if _by_lanes(classes, vectors[0]):
-        for c, vector in enumerate(_zipped(vectors)):
+        for c, vector in enumerate(_moved(vectors, _steps(classes)[::-1])):
             (address + c * LANES * size).store(write(vector))
         return
     if classes < QUAD:

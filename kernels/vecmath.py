@@ -291,11 +291,23 @@ def expm1(x: Value) -> Value:
     return _with_sign_of(x, y)
 
 
+def _split(x: Value) -> tuple[Value, Value]:
+    """Of `split` e before the last shift, and m."""
+    k = FORMATS[x.elem]
+    i = x.bits(k.integer) - k.middle
+    return i, ((i & ((1 << k.mantissa) - 1)) + k.middle).bits(x.elem)
+
+
+def split_float32(x: Value) -> tuple[Value, Value]:
+    """The same, e as an int32."""
+    i, m = _split(x)
+    return i >> FORMATS[F32].mantissa, m
+
+
 def split(x: Value) -> tuple[Value, Value]:
     """x = 2**e * m for positive normal x, with m in [0.75, 1.5); e as a float."""
     k = FORMATS[x.elem]
-    i = x.bits(k.integer) - k.middle
-    m = ((i & ((1 << k.mantissa) - 1)) + k.middle).bits(x.elem)
+    i, m = _split(x)
     if x.elem == F32:
         return (i >> k.mantissa).to(F32), m
     # AVX2 converts no 64-bit integers: e + bias becomes the low bits of 2**52

@@ -10,7 +10,7 @@ from fastloss.kernels.compiler import callable_of
 from fastloss.kernels.values import F32, I64, LANES, SIZE, Value
 
 GUARD = 16  # elements on either side of the memory that may be written
-CLASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16)
+CLASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 18, 21, 31, 32)
 STORAGES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
 
 
