@@ -46,7 +46,6 @@ class PackedKernel(SharedReferenceKernel):
 
         def sixteen(j: Value, seen: Value) -> list[Value]:
             place = first + j * self.a["logits_row"]
-            self.targets.prefetch(start + j + DEEP.distance // (self.v.few * self.size), DEEP.level)
             terms = []
             for c in range(self.v.few):
                 at = place + c * size

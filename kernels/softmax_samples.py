@@ -425,7 +425,10 @@ class ShortKernel(SamplesKernel):
             return storage.widened(raw, kind, self.type)
 
         if self.v.few:
-            first.prefetch_ahead(self.v.few * LANES * SIZE[elem], DEEP if self.v.few > 2 else NEAR)
+            size, ahead = self.v.few * SIZE[elem], first.suited(DEEP if self.v.few > 2 else NEAR)
+            first.prefetch_ahead(size * LANES, ahead)
+            if not self.v.probabilities:
+                self.targets.prefetch(i + ahead.distance // size, ahead.level)
             return InRegisters([held(x) for x in load_classes(first, self.v.few, elem, read)])
 
         def quad(c: Value) -> None:

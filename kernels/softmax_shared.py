@@ -107,6 +107,7 @@ class SharedReferenceKernel(SoftmaxKernel):
     ) -> list[Value]:
         """Samples i .. i + 16, the first of them the j-th of its block."""
         *sums_of_all, live_ones, invalid_ones, product, exponents, logits = state
+        self.targets.prefetch(i + self.tile, level=2)
         sums = self.sums_of(j)
         t, fate, usual = self.targets.sixteen(i, self.n - i)
         z = self.target_logits(i, j, usual)

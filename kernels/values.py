@@ -313,9 +313,13 @@ class Value:
 
     def prefetch_ahead(self, nbytes: int, ahead: Ahead = NEAR) -> None:
         """Ask for as much memory as is read at me, some way ahead."""
-        distance, level = ahead if self.may_use("avx512") else FAR
+        distance, level = self.suited(ahead)
         for k in range(distance, distance + nbytes, CACHE_LINE):
             (self + k).prefetch(level)
+
+    def suited(self, ahead: Ahead) -> Ahead:
+        """Which one does best on the CPUs that my module is for."""
+        return ahead if self.may_use("avx512") else FAR
 
     def prefetch(self, level: int = 1) -> None:
         """Ask for my cache line, which may lie beyond the end of an array, into a first- or second-level cache."""
