@@ -68,13 +68,13 @@ class ShiftedExp:
         m = (maximum > -bound).select(maximum, -bound).at_most(bound)
         return m.fma(LOG2E, k.magic) - k.magic
 
-    def _reduced(self, x: Value, floored: bool = True) -> tuple[Value, Value]:
+    def _reduced(self, x: Value, floored: bool = True, magic: Value | None = None) -> tuple[Value, Value]:
         """What is left of x beside a multiple of ln 2 / size, and that multiple, as bits."""
-        k = self.format
+        k, magic = self.format, self.magic if magic is None else magic
         x = x.at_least(self.floor) if floored else x
         x = x.at_most(self.ceiling) if self.capped else x
-        t = x.fma(LOG2E * self.size, self.magic)
-        n = t - self.magic
+        t = x.fma(LOG2E * self.size, magic)
+        n = t - magic
         r = n.fma(-k.ln2 / self.size, x)
         if x.elem == F64:
             r = n.fma(-k.ln2_low, r)
@@ -112,13 +112,15 @@ class ShiftedExp:
         """x -> exp(x - count * LN2) * share."""
         if not self.square:
             return lambda x: self(x) * share
-        # inside the square: one multiplication less
-        size = abs(share)
+        # Inside the square: one multiplication less. Of an odd count a power of 2 moves from share to count, so that the
+        # root does not depend on which power of 2 the reference is, which cancels here.
+        odd = (self.count.to_int(I32) & 1).to(F32)
+        size, magic = abs(share) * odd.fma(-0.5, 1.0), self.magic + odd * float(self.size)
         root, sign = size.call("llvm.sqrt"), share.bits(I32) & -(1 << 31)
         centre, rest = root * SQUARE_CENTRE, size * SQUARE_REST
 
         def scaled(x: Value) -> Value:
-            r, bits = self._reduced(x)
+            r, bits = self._reduced(x, magic=magic)
             centred = r.fma(root, centre)
             return centred.fma(centred, rest) * _looked_up_power_of_2(bits, self.size, sign)
 

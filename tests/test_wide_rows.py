@@ -60,6 +60,24 @@ def test_logits_far_from_the_first(kind: str, shape: tuple[int, ...], dtype: str
     check_gradient(ROW, sample, "mean")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_row_does_not_depend_on_those_before_it(dtype: str, rng: Rng) -> None:
+    """Whose reference it may share, to the last bit."""
+    x = rng.standard_normal((200, 300)) + rng.choice([0.0, 0.3, 3.0, 7.9, 12.0, -5.0, -40.0, 88.0, 500.0], (200, 1))
+    x[rng.uniform(size=200) < 0.1, :40] = rng.choice([-INF, NAN])
+    x = x.astype(DTYPES[dtype])
+    sample = Sample(x, rng.integers(0, 300, 200), {})
+
+    def found(sample: Sample) -> np.ndarray:
+        losses, grad = ROW.call(sample, reduction="none"), ROW.gradient(sample, "input", reduction="sum")[1]
+        return np.column_stack([losses, grad]).astype(np.float64)
+
+    of_all = found(sample)
+    for i in range(200):
+        alone = Sample(x[i : i + 1], sample.target[i : i + 1], {})
+        np.testing.assert_array_equal(found(alone), of_all[i : i + 1])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_masked_classes_have_no_gradient(dtype: str, rng: Rng) -> None:
     x = rng.standard_normal((9, 1000)).astype(DTYPES[dtype])
