@@ -85,12 +85,17 @@ define <16 x i32> @twice(<16 x i32> %x) {
 define <16 x bfloat> @halved(<16 x float> %x) {
   %y = fptrunc <16 x float> %x to <16 x bfloat>
   ret <16 x bfloat> %y
+}
+define <16 x half> @narrowed(<16 x float> %x) {
+  %y = fptrunc <16 x float> %x to <16 x half>
+  ret <16 x half> %y
 }"""
 
 
 def features_of(target: llvm.TargetMachine) -> Features:
     """What kernels may use beyond what LLVM does well everywhere: "fma" (a CPU without it calls the C library), "avx2",
-    "avx512", "bfloat16" (rounds to it in one instruction); read off what LLVM writes for the target."""
+    "avx512", "bfloat16" (rounds to it in one instruction), "float16" (converts it; without, LLVM calls a library that
+    is not there). Read off what LLVM writes for the target."""
     text = target.emit_assembly(_parsed(_PROBE, target))
     avx512 = "%zmm" in text
     found = {
@@ -98,6 +103,7 @@ def features_of(target: llvm.TargetMachine) -> Features:
         "avx2": "%ymm" in text or avx512,
         "avx512": avx512,
         "bfloat16": "vcvtneps2bf16" in text,
+        "float16": "truncsfhf2" not in text,
     }
     return frozenset(name for name, there in found.items() if there)
 

@@ -112,8 +112,8 @@ class ShiftedExp:
         """x -> exp(x - count * LN2) * share."""
         if not self.square:
             return lambda x: self(x) * share
-        # Inside the square: one multiplication less. Of an odd count a power of 2 moves from share to count, so that the
-        # root does not depend on which power of 2 the reference is, which cancels here.
+        # Inside the square: one multiplication less. Of an odd count a power of 2 moves from share to count: the root
+        # does not depend then on which power of 2 the reference is.
         odd = (self.count.to_int(I32) & 1).to(F32)
         size, magic = abs(share) * odd.fma(-0.5, 1.0), self.magic + odd * float(self.size)
         root, sign = size.call("llvm.sqrt"), share.bits(I32) & -(1 << 31)

@@ -40,7 +40,7 @@ def widened(raw: Value, storage: str, compute: ir.Type) -> Value:
     if storage == "bfloat16":  # the upper half of a float32
         raw = (raw.zext(I32) << 16).bits(F32)
     elif storage == "float16":  # by way of float32: the one conversion that CPUs have
-        raw = raw.to(F32)
+        raw = raw.to(F32) if raw.may_use("float16") else _from_half(raw.bits(I16))
     return raw.to(compute, unsigned=storage == "bool" or storage.startswith("u"))
 
 
@@ -60,5 +60,37 @@ def narrowed(value: Value, storage: str) -> Value:
         # a NaN must not round up to infinity: keep its sign and upper bits, and make it quiet
         return value.isnan().select((bits >> 16) | 0x40, (bits + odd + 0x7FFF) >> 16).trunc(I16)
     if storage == "float16":  # LLVM has no single instruction from float64 to float16
-        return value.to(F32).to(F16)
+        value = value.to(F32)
+        return value.to(F16) if value.may_use("float16") else _to_half(value).bits(F16)
     return value.to(MEMORY[storage])
+
+
+# ---- float16 on CPUs that do not convert it
+
+_SHIFT = 13  # bits of float32's mantissa that float16 lacks
+_TO_FLOAT = 2.0**112  # between numbers whose exponents have the same bits in the two
+_HALF_INF, _INF = 0x7C00, 0x7F800000
+
+
+def _from_half(raw: Value) -> Value:
+    """float16's bits as float32."""
+    word = raw.zext(I32)
+    magnitude, sign = (word & 0x7FFF) << _SHIFT, (word & 0x8000) << 16
+    number = (magnitude.bits(F32) * _TO_FLOAT).bits(I32)
+    return ((magnitude < _HALF_INF << _SHIFT).select(number, magnitude | _INF) | sign).bits(F32)
+
+
+def _to_half(value: Value) -> Value:
+    """float32 as float16's bits."""
+    word = value.bits(I32)
+    sign = (word >> 16) & 0x8000
+    magnitude = word & 0x7FFFFFFF
+    odd = (magnitude >> _SHIFT) & 1
+    normal = (magnitude - (112 << 23) + ((1 << (_SHIFT - 1)) - 1) + odd) >> _SHIFT
+    # beside 0.5 a subnormal number of float16 is rounded to its own last place
+    half = value.lift(0.5)
+    subnormal = (abs(value) + half).bits(I32) - half.bits(I32)
+    special = (magnitude > _INF).select((magnitude >> _SHIFT) & 0x1FF | _HALF_INF | 0x200, _HALF_INF)
+    number = (magnitude < (127 - 14) << 23).select(subnormal, normal)
+    number = (magnitude < (127 + 16) << 23).select(number, special)
+    return (number | sign).trunc(I16)

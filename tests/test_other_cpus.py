@@ -17,7 +17,11 @@ from fastloss.kernels import compiler
 from table import BY_ID, check_gradient, check_value
 
 HERE = Path(__file__)
-FEATURES = {"x86-64": set(), "x86-64-v3": {"fma", "avx2"}, "x86-64-v4": {"fma", "avx2", "avx512"}}
+FEATURES = {
+    "x86-64": set(),
+    "x86-64-v3": {"fma", "avx2", "float16"},
+    "x86-64-v4": {"fma", "avx2", "avx512", "float16"},
+}
 CROSS_ENTROPY = [(3, 1), (37, 3), (37, 10), (53, 31), (40, 100), (9, 300), (2, 21, 40)]
 POINTWISE = [(7,), (1000,)]
 LOSSES = ("l1_loss", "smooth_l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -30,7 +34,7 @@ def losses() -> None:
     work += [(name, shape) for name in LOSSES for shape in POINTWISE]
     for name, shape in work:
         row = BY_ID[name]
-        for dtype in ("float32", bfloat16):
+        for dtype in ("float32", bfloat16, "float16"):
             sample = row.draw(rng, shape, dtype)
             for reduction in ("none", "mean"):
                 check_value(row, sample, reduction)

@@ -38,6 +38,9 @@ class DeviceValue(Value):
     __slots__ = ()
     space = _GLOBAL
 
+    def may_use(self, feature: str) -> bool:
+        return feature == "float16"  # which every GPU converts
+
     def __neg__(self) -> Value:
         return self._new(self.b.fsub(self.lift(-0.0).v, self.v)) if self.is_float else super().__neg__()
 
