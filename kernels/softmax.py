@@ -28,7 +28,7 @@ class SoftmaxVariant(Variant):
     """One kernel: the options that change the loop. Storages are names of `storage.MEMORY`."""
 
     layout: str  # of `KERNELS`
-    few: int  # the number of classes where it is compiled in ("short", "packed"), else 0
+    few: int  # the number of classes where it is compiled in ("short", "packed", "planes"), else 0
     compute: str  # "float32" or "float64"
     logits: str  # storage
     probabilities: str | None = None  # storage of class probabilities; None: class indices
@@ -69,8 +69,7 @@ def scratch_bytes(variant: SoftmaxVariant, classes: int, tile: int) -> int:
     if variant.layout == "flat":
         return (classes * tile * SIZE[F32] + CACHE_LINE) * (2 if variant.grad else 1)
     if variant.layout in ("packed", "planes"):
-        columns = 2 if variant.layout == "packed" else 1
-        return (classes + columns if variant.grad else columns) * tile * SIZE[F32]
+        return (classes + 2 if variant.grad else 2) * tile * SIZE[F32]
     if variant.layout == "tile":
         return classes * tile * storage.itemsize(variant.compute)
     if variant.layout == "short" and variant.few and variant.stream:

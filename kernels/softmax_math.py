@@ -68,8 +68,9 @@ class SoftmaxKernel:
     def __init__(self, variant: SoftmaxVariant, n: Value, arrays: Value, parameters: Value, sums: Value) -> None:
         self.v, self.n, self.sums, self.b = variant, n, sums, n.b
         self.a = {name: (arrays + 8 * k).load(I64) for k, name in enumerate(ARRAYS)}
-        if variant.few:  # known while compiling, as is where its rows lie
+        if variant.few:  # known while compiling
             self.a["classes"] = Value(self.b, I64(variant.few))
+        if variant.few and variant.layout != "planes":  # as is where its rows lie
             for name in ("logits", "probabilities", "grad", "grad_target"):
                 if kind := getattr(variant, name):
                     self.a[f"{name}_row"] = Value(self.b, I64(variant.few * storage.itemsize(kind)))

@@ -9,7 +9,7 @@ from . import storage
 from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import load_classes, packed_sums, row_sums, store_classes
-from .values import DEEP, F32, I16, I32, I64, LANES, Value, full, full_of, loop, when
+from .values import DEEP, F32, I32, I64, LANES, Value, full, full_of, loop, when
 
 VECTOR = LANES * BYTES
 # Logits of a block. With a gradient their exponentials wait in L1 as well.
@@ -56,27 +56,14 @@ class PackedKernel(SharedReferenceKernel):
                 for c, term in enumerate(terms):
                     (self.kept(j) + c * VECTOR).store(term)
             (self.scratch + j * BYTES).store(packed_sums(terms))
-            self.pick(start + j, j)
+            self.pick_early(start + j, j)
             return [seen]
 
         _, (seen,) = loop(self.begin, stop - start, LANES, [full(self.b, I32, LANES)], sixteen)
         return shifted, ~shifted.overflowed(seen)
 
-    def picked_at(self, j: Value) -> Value:
-        """Where the logit of the target of the block's j-th row is."""
-        return self.scratch + self.tile * BYTES + j * self.size
-
-    def pick(self, i: Value, j: Value) -> None:
-        """Keep the targets' logits of rows i .. i + 16. Here this takes next to no time, one after the other, since
-        exponentials wait for other instructions: 2,097,152 x 5 takes 1.5 ms, 1.9 where it is done after a block."""
-        elem = {2: I16, 4: I32}[self.size]
-        for k in range(LANES):
-            row = self.a["logits"] + (i + k) * self.a["logits_row"]
-            raw = (row + self.targets.clamped(i + k) * self.size).load(elem)
-            self.picked_at(j + k).store(raw)
-
     def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
-        return self.logits(self.picked_at(j))
+        return self.picked_early(j)
 
     def sums_of(self, j: Value) -> Value:
         return (self.scratch + j * BYTES).load(F32, LANES)

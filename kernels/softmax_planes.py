@@ -4,10 +4,12 @@ class by class, in long pieces of memory, read once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from . import storage
 from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
+from .targets import MAX_CHOSEN
 from .values import F32, I32, LANES, Value, full, loop, when
 
 UNROLL = 4  # classes whose exponentials are added before their sum is: it waits in the nearest cache
@@ -24,7 +26,12 @@ def block_of(classes: int, gradient: bool) -> int:
 
 
 class PlanesKernel(SharedReferenceKernel):
-    """Scratch holds a block's sums, and behind them, where gradients are wanted, its exponentials class by class."""
+    """Scratch holds a block's sums, behind them its targets' logits, and, where gradients are wanted, its exponentials
+    class by class. Of few classes the number is compiled in, and all are taken at once."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.first = [self.begin + c for c in range(self.v.few or 1)]  # classes that a sum begins with
 
     def place(self, i: Value, c: Value) -> Value:
         """Where sample i's logit of class c is in memory."""
@@ -37,33 +44,45 @@ class PlanesKernel(SharedReferenceKernel):
 
     def kept(self, j: Value, c: Value) -> Value:
         """Where the exponential of class c of the block's j-th sample is."""
-        return self.scratch + ((c + 1) * self.tile + j) * BYTES
+        return self.scratch + ((c + 2) * self.tile + j) * BYTES
 
     def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
         shifted = self.exponential_for(self.place(start, self.begin))
 
         def add(classes: Sequence[Value], seen: Value, fresh: bool = False) -> list[Value]:
             def sixteen(j: Value, seen: Value) -> list[Value]:
+                logits = []
+
                 def factors(c: Value) -> tuple[Value, Value]:
                     nonlocal seen
                     at = self.place(start + j, c)
                     self.ask_for(at)
-                    p, scale, seen = shifted.watched(self.logits(at), seen)
+                    logits.append(self.logits(at))
+                    p, scale, seen = shifted.watched(logits[-1], seen)
                     return p, scale
 
                 part = self.added(j, classes, factors)
                 total = part if fresh else (self.scratch + j * BYTES).load(F32, LANES) + part
                 (self.scratch + j * BYTES).store(total)
+                if self.v.few > MAX_CHOSEN:
+                    self.pick_early(start + j, j)
+                elif self.v.few:
+                    self.choose_early(start + j, j, logits)
                 return [seen]
 
             return loop(self.begin, stop - start, LANES, [seen], sixteen)[1]
 
-        seen = add([self.begin], full(self.b, I32, LANES), fresh=True)
+        seen = add(self.first, full(self.b, I32, LANES), fresh=True)
         (seen_of_all,) = self.by_turns(seen, add)
         return shifted, ~shifted.overflowed(seen_of_all)
 
+    def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
+        return self.picked_early(j) if self.v.few else self.picked(i, usual)
+
     def by_turns(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
-        """`state = body(classes, *state)` for all classes but the first: some together, then what is left."""
+        """`state = body(classes, *state)` for all classes but the first ones: some together, then what is left."""
+        if self.v.few:
+            return list(state)
 
         def turn(many: int) -> Callable[..., Sequence[Value]]:
             return lambda c, *state: body([c + k for k in range(many)], *state)
@@ -104,7 +123,7 @@ class PlanesKernel(SharedReferenceKernel):
         def add(classes: Sequence[Value]) -> Value:
             return self.added(j, classes, lambda c: exponential.factors(self.logits(self.place(i, c)) - offset))
 
-        (total,) = self.by_turns([add([self.begin])], lambda classes, total: [total + add(classes)])
+        (total,) = self.by_turns([add(self.first)], lambda classes, total: [total + add(classes)])
         return offset, count, total
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:

@@ -11,14 +11,13 @@ from llvmlite import ir
 from . import storage
 from .softmax_exp import ShiftedExp
 from .softmax_math import ClassSums, Loss, Reference, Samples, SoftmaxKernel
-from .targets import LIVE, Targets, within
+from .targets import LIVE, MAX_CHOSEN, Targets, chosen, within
 from .transpose import QUAD, load_classes, load_quad, store_classes, store_quad, transposed
 from .values import DEEP, F32, F64, I32, I64, LANES, NEAR, SIZE, Value, full, loop, when
 from .vecmath import log_of_normal
 
 MAX_FEW = 32  # classes that stay in registers and on the stack, their number compiled in: 1.3x at 10, against a loop
 FLUSH = 64  # exponentials added in a lane before they move to float64
-MAX_COMPARED = 4  # of which a target's logit is picked by comparisons, not by loads
 # Samples whose sums are multiplied, 64 in a lane or a tile's 16: the products of numbers up to 4,096 stay finite.
 PRODUCT = 64 * LANES
 UNROLL = 4  # classes of one turn of a loop
@@ -67,10 +66,7 @@ class InRegisters(Classes):
         self.vectors[place] = vector
 
     def pick(self, t: Value, targets: Targets, i: Value) -> Value:
-        found = self.vectors[0]
-        for c, vector in enumerate(self.vectors[1:], 1):
-            found = (t == c).select(vector, found)
-        return found
+        return chosen(t, self.vectors)
 
 
 class InScratch(Classes):
@@ -402,7 +398,7 @@ class ShortKernel(SamplesKernel):
         when((before == GATHERED - LANES) | (i + LANES >= self.n), write_out)
 
     def pick(self, classes: Classes, t: Value, i: Value, usual: Value) -> Value:
-        if self.v.few and self.v.few <= MAX_COMPARED:
+        if self.v.few and self.v.few <= MAX_CHOSEN:
             return classes.pick(t, self.targets, i)
         return self.held(self.picked(i, usual))
 

@@ -13,8 +13,8 @@ from typing import Any
 from . import storage
 from .softmax_exp import ShiftedExp, log_of_parts
 from .softmax_math import SoftmaxKernel
-from .targets import INVALID, LIVE
-from .values import F32, F64, I32, I64, LANES, SIZE, Value, full, loop, when
+from .targets import INVALID, LIVE, chosen
+from .values import F32, F64, I16, I32, I64, LANES, SIZE, Value, full, loop, when
 from .vecmath import FORMATS, log_of_normal, split_float32
 
 # A sum outside 1 / MAX_SUM .. MAX_SUM may lack what is too small beside the reference, or be infinite.
@@ -97,6 +97,27 @@ class SharedReferenceKernel(SoftmaxKernel):
         """The target's logit of each of samples i .. i + 16, the first of them the block's j-th; of those that do not
         live, of which there are none if `usual`, any."""
         return self.picked(i, usual)
+
+    def _early(self, j: Value) -> Value:
+        """Where the logit of the target of the block's j-th sample waits, behind all samples' sums."""
+        return self.scratch + self.tile * BYTES + j * self.size
+
+    def pick_early(self, i: Value, j: Value) -> None:
+        """Keep the targets' logits of samples i .. i + 16. Between exponentials, whose instructions wait for one
+        another, this takes next to no time, one by one: 2,097,152 x 5 takes 1.5 ms, 1.9 where `picked` does it."""
+        elem = {2: I16, 4: I32}[self.size]
+        for k in range(LANES):
+            row = self.a["logits"] + (i + k) * self.a["logits_row"]
+            raw = (row + self.targets.clamped(i + k) * self.a["logits_step"]).load(elem)
+            self._early(j + k).store(raw)
+
+    def choose_early(self, i: Value, j: Value, logits: Sequence[Value]) -> None:
+        """The same, of a vector for each class, at most `MAX_CHOSEN`."""
+        self._early(j).store(storage.narrowed(chosen(self.targets.low(i), logits), self.v.logits))
+
+    def picked_early(self, j: Value) -> Value:
+        """What was kept."""
+        return self.logits(self._early(j))
 
     def exponential_for(self, place: Value) -> ShiftedExp:
         """Relative to about the highest of the logits at a place."""

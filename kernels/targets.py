@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import storage
@@ -15,6 +16,17 @@ ELSEWHERE, LEFT_OUT = -1, -2
 def within(left: Value) -> Value:
     """Which of sixteen lanes are among `left` samples."""
     return iota(left.b, LANES) < left.at_most(LANES).trunc(I32)
+
+
+MAX_CHOSEN = 4  # vectors of which `chosen` is faster than loads from memory, one by one
+
+
+def chosen(t: Value, vectors: Sequence[Value]) -> Value:
+    """In each lane what lies there in the vector of class t."""
+    found = vectors[0]
+    for c, vector in enumerate(vectors[1:], 1):
+        found = (t == c).select(vector, found)
+    return found
 
 
 class Targets(NamedTuple):
@@ -45,15 +57,8 @@ class Targets(NamedTuple):
     def sixteen(self, i: Value, left: Value) -> tuple[Value, Value, Value]:
         """The same of samples i .. i + 16, the classes as int32, of which all but `left` are IGNORED; and whether all
         of them live, as nearly always: who branches on that needs no masks."""
-        elem = storage.MEMORY[self.storage]
-        high: Value | None
-        if elem == I64:  # both halves by shuffles: half the instructions of comparing 64 bits
-            a, b = ((self._at(i) + k * LANES * SIZE[I32]).load(I32, LANES) for k in range(2))
-            low, upper = (a.shuffle(b, range(k, 2 * LANES, 2)) for k in range(2))
-            high, narrow = upper, (upper == 0).select(low, -1)
-        else:
-            low, high = self._halves(self._at(i).load(elem, LANES))
-            narrow = low
+        low, high = self._sixteen_halves(i)
+        narrow = low if high is None else (high == 0).select(low, -1)
         outside = ~narrow.below(self.classes.trunc(I32))
         usual = ~outside.any() & (left >= LANES) & ~self.ignore_index.below(self.classes)
         live = Value(i.b, constant(low.type, LIVE))
@@ -64,6 +69,19 @@ class Targets(NamedTuple):
 
         t, fate = when(usual, lambda: [low, live], unusual)
         return t, fate, usual
+
+    def low(self, i: Value) -> Value:
+        """The classes of sixteen samples as int32; any number for those that have none."""
+        return self._sixteen_halves(i)[0]
+
+    def _sixteen_halves(self, i: Value) -> tuple[Value, Value | None]:
+        elem = storage.MEMORY[self.storage]
+        if elem != I64:
+            return self._halves(self._at(i).load(elem, LANES))
+        a, b = ((self._at(i) + k * LANES * SIZE[I32]).load(I32, LANES) for k in range(2))
+        # by shuffles: half the instructions of comparing 64 bits
+        low, high = (a.shuffle(b, range(k, 2 * LANES, 2)) for k in range(2))
+        return low, high
 
     def prefetch(self, i: Value, level: int) -> None:
         """Ask for sixteen samples' indices."""

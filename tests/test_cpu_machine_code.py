@@ -65,6 +65,8 @@ KERNELS = {
     "cross_entropy, ten classes, gradient": softmax("packed", few=10, grad="float32"),
     "cross_entropy, some classes": softmax("flat"),
     "cross_entropy, some classes, gradient": softmax("flat", grad="float32"),
+    "cross_entropy, two classes apart": softmax("planes", few=2),
+    "cross_entropy, ten classes apart": softmax("planes", few=10),
     "cross_entropy, classes apart": softmax("planes"),
     "cross_entropy, classes apart, gradient": softmax("planes", grad="float32"),
     "cross_entropy, classes apart, softcap": softmax("tile", softcap=True),

@@ -64,6 +64,10 @@ MIN_FLAT, MAX_SHARED = 17, 256
 # With AVX-512 few classes are, up to `MAX_FEW`, and added up by row in registers: 1.2 times as fast as transposed at 5,
 # 1.4 times with the gradient; at 21 1.1 and 1.3 times as fast as what `MIN_FLAT` begins. Two are no faster so.
 MIN_PACKED = 3
+# Where classes lie apart, so many are taken at once: 1.5 times as fast as some and then others at 2, 1.2 at 10, and
+# slower at 21, whose lines share a set of the nearest cache where images are of some power of 2. AVX2 has half as many
+# registers.
+MAX_AT_ONCE = 10
 # Rows with more classes than this that lie strided are staged one by one: 16 samples of them would not fit the cache.
 MAX_TILE_CLASSES = 4096
 
@@ -265,17 +269,18 @@ def softmax_task(
     else:
         by_row = samples.classes_adjoin(LOGITS) or (by_row and classes > MAX_TILE_CLASSES)
         layout = "rows" if by_row else "tile"
-    variant = softmax_variant(layout, 0, *options)
+    variant, avx512 = softmax_variant(layout, 0, *options), "avx512" in host_features()
     if variant.plain and not variant.softcap and variant.compute == "float32" and classes <= MAX_SHARED:
         if not by_row:
             layout = "planes"
-        elif MIN_PACKED <= classes <= MAX_FEW and "avx512" in host_features():
+        elif MIN_PACKED <= classes <= MAX_FEW and avx512:
             layout = "packed"
         elif classes >= MIN_FLAT:
             layout = "flat"
-    few = classes if layout in ("short", "packed") and classes <= MAX_FEW else 0
+    at_once = MAX_AT_ONCE if avx512 else MAX_AT_ONCE // 2
+    few = classes if classes <= {"short": MAX_FEW, "packed": MAX_FEW, "planes": at_once}.get(layout, 0) else 0
     table = samples.records(by_row)
-    if few or layout == "flat":  # their rows are read as one piece
+    if (by_row and few) or layout == "flat":  # their rows are read as one piece
         for record in table[:N_CLASSY]:
             record[DIRECT] &= int(samples.total == 1 or record[-1] == classes * record[ITEMSIZE])
     staged = any(record[ITEMSIZE] and not record[DIRECT] for record in table)
