@@ -98,10 +98,7 @@ class PackedKernel(SharedReferenceKernel):
         def each(stream: bool) -> None:
             when(usual, lambda: written(stream, True), lambda: written(stream, False))
 
-        if self.v.stream:
-            when((self.a["grad"] & (size - 1)) == 0, lambda: each(True), lambda: each(False))
-        else:
-            each(False)
+        self.streamed(self.a["grad"], each)
 
     def hand_over(self, start: Value, stop: Value) -> None:
         """`keep` has written them."""

@@ -127,6 +127,9 @@ class PlanesKernel(SharedReferenceKernel):
         return offset, count, total
 
     def keep(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
+        if self.v.few:
+            self.write_at_once(i, j, t, share, own, usual)
+            return
         (self.scratch + j * BYTES).store(share)  # whose sums have been read
 
         def clear() -> None:
@@ -141,7 +144,28 @@ class PlanesKernel(SharedReferenceKernel):
             at = self.kept(j + k, self.targets.clamped(i + k))
             at.store(at.load(F32) - own.lane(k))
 
+    def write_at_once(self, i: Value, j: Value, t: Value, share: Value, own: Value, usual: Value) -> None:
+        """The gradients of samples i .. i + 16, of few classes."""
+        kind = self.v.grad or ""
+        target = self.a["grad"] + i * storage.itemsize(kind)
+
+        def written(stream: bool, all_live: bool) -> None:
+            for c in range(self.v.few):
+                self.ask_for(self.place(i, self.begin + c))
+                e = self.kept(j, self.begin + c).load(F32, LANES)
+                if not all_live:
+                    e = (own == 0.0).select(0.0, e)
+                e = (t == c).select(e - own, e)
+                storage.store(target + c * self.a["grad_step"], e * share, kind, stream)
+
+        def each(stream: bool) -> None:
+            when(usual, lambda: written(stream, True), lambda: written(stream, False))
+
+        self.streamed(target | self.a["grad_step"], each)
+
     def hand_over(self, start: Value, stop: Value) -> None:
+        if self.v.few:  # `keep` has written them
+            return
         kind = self.v.grad or ""
         size = storage.itemsize(kind)
 
@@ -158,8 +182,4 @@ class PlanesKernel(SharedReferenceKernel):
 
             loop(self.begin, self.classes, 1, [], one)
 
-        if not self.v.stream:
-            written(False)
-            return
-        places = (self.a["grad"] + start * size) | self.a["grad_step"]
-        when((places & (LANES * size - 1)) == 0, lambda: written(True), lambda: written(False))
+        self.streamed((self.a["grad"] + start * size) | self.a["grad_step"], written)

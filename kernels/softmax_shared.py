@@ -7,7 +7,7 @@ sixteen is then done again, each sample relative to its own maximum.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import storage
@@ -81,6 +81,14 @@ class SharedReferenceKernel(SoftmaxKernel):
 
         _, state = loop(self.begin, rounded + many - 1, many, self.no_sums(), blocks)
         self.store_sums(state)
+
+    def streamed(self, places: Value, write: Callable[[bool], None]) -> None:
+        """`write(stream)` gradients: past the caches if that is wanted, and these addresses, or-ed, suit it."""
+        if not self.v.stream:
+            write(False)
+            return
+        size = LANES * storage.itemsize(self.v.grad or "")
+        when((places & (size - 1)) == 0, lambda: write(True), lambda: write(False))
 
     def logits(self, place: Value) -> Value:
         """Sixteen logits that lie side by side."""
