@@ -40,7 +40,7 @@ from .layout import Samples, address, records
 # of work does (TBB), so that 15 to 30 us of work are needed. benchmarks/scheduling.py measures it.
 PARALLEL_BYTES = 512 * 1024
 # What a byte costs under the other drivers, at least.
-COST = {"rows": 1.3, "flat": 1.7, "packed": 2.3, "planes": 1.7, "short": 2.7, "tile": 2.7}
+COST = {"rows": 1.3, "flat": 1.7, "packed": 1.7, "planes": 1.7, "short": 2.7, "tile": 2.7}
 # Work on fewer bytes takes a few us, and other Python threads wait for it: handing over to one and back costs more.
 SHARED_BYTES = 64 * 1024
 # Results larger than this leave by streaming stores: they would not stay in the cache anyway.
