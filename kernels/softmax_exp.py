@@ -68,13 +68,13 @@ class ShiftedExp:
         m = (maximum > -bound).select(maximum, -bound).at_most(bound)
         return m.fma(LOG2E, k.magic) - k.magic
 
-    def _reduced(self, x: Value, floored: bool = True, magic: Value | None = None) -> tuple[Value, Value]:
+    def _reduced(self, x: Value, floored: bool = True) -> tuple[Value, Value]:
         """What is left of x beside a multiple of ln 2 / size, and that multiple, as bits."""
-        k, magic = self.format, self.magic if magic is None else magic
+        k = self.format
         x = x.at_least(self.floor) if floored else x
         x = x.at_most(self.ceiling) if self.capped else x
-        t = x.fma(LOG2E * self.size, magic)
-        n = t - magic
+        t = x.fma(LOG2E * self.size, self.magic)
+        n = t - self.magic
         r = n.fma(-k.ln2 / self.size, x)
         if x.elem == F64:
             r = n.fma(-k.ln2_low, r)
@@ -112,17 +112,18 @@ class ShiftedExp:
         """x -> exp(x - count * LN2) * share."""
         if not self.square:
             return lambda x: self(x) * share
-        # Inside the square: one multiplication less. Of an odd count a power of 2 moves from share to count: the root
+        # Inside the square: one multiplication less. An odd count gives one of its powers of 2 to the share: the root
         # does not depend then on which power of 2 the reference is.
         odd = (self.count.to_int(I32) & 1).to(F32)
-        size, magic = abs(share) * odd.fma(-0.5, 1.0), self.magic + odd * float(self.size)
+        even = ShiftedExp(self.count - odd, short=True, capped=self.capped)
+        size = abs(share) * odd.fma(-0.5, 1.0)
         root, sign = size.call("llvm.sqrt"), share.bits(I32) & -(1 << 31)
         centre, rest = root * SQUARE_CENTRE, size * SQUARE_REST
 
         def scaled(x: Value) -> Value:
-            r, bits = self._reduced(x, magic=magic)
+            r, bits = even._reduced(x)
             centred = r.fma(root, centre)
-            return centred.fma(centred, rest) * _looked_up_power_of_2(bits, self.size, sign)
+            return centred.fma(centred, rest) * _looked_up_power_of_2(bits, even.size, sign)
 
         return scaled
 
