@@ -26,6 +26,8 @@ class PackedKernel(SharedReferenceKernel):
     """The number of classes is compiled in. Scratch holds a block's sums, behind them its targets' logits, and, where
     gradients are wanted, its exponentials as the logits lie in memory."""
 
+    early = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.a["logits_step"] = Value(self.b, I64(self.size))
@@ -61,12 +63,6 @@ class PackedKernel(SharedReferenceKernel):
 
         _, (seen,) = loop(self.begin, stop - start, LANES, [full(self.b, I32, LANES)], sixteen)
         return shifted, ~shifted.overflowed(seen)
-
-    def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
-        return self.picked_early(j)
-
-    def sums_of(self, j: Value) -> Value:
-        return (self.scratch + j * BYTES).load(F32, LANES)
 
     def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
         logits = self.transposed(self.a["logits"] + i * self.a["logits_row"])

@@ -32,6 +32,7 @@ class PlanesKernel(SharedReferenceKernel):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.first = [self.begin + c for c in range(self.v.few or 1)]  # classes that a sum begins with
+        self.early = bool(self.v.few)
 
     def place(self, i: Value, c: Value) -> Value:
         """Where sample i's logit of class c is in memory."""
@@ -64,10 +65,10 @@ class PlanesKernel(SharedReferenceKernel):
                 part = self.added(j, classes, factors)
                 total = part if fresh else (self.scratch + j * BYTES).load(F32, LANES) + part
                 (self.scratch + j * BYTES).store(total)
-                if self.v.few > MAX_CHOSEN:
-                    self.pick_early(start + j, j)
-                elif self.v.few:
+                if self.early and self.v.few <= MAX_CHOSEN:
                     self.choose_early(start + j, j, logits)
+                elif self.early:
+                    self.pick_early(start + j, j)
                 return [seen]
 
             return loop(self.begin, stop - start, LANES, [seen], sixteen)[1]
@@ -75,9 +76,6 @@ class PlanesKernel(SharedReferenceKernel):
         seen = add(self.first, full(self.b, I32, LANES), fresh=True)
         (seen_of_all,) = self.by_turns(seen, add)
         return shifted, ~shifted.overflowed(seen_of_all)
-
-    def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
-        return self.picked_early(j) if self.v.few else self.picked(i, usual)
 
     def by_turns(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
         """`state = body(classes, *state)` for all classes but the first ones: some together, then what is left."""
@@ -103,9 +101,6 @@ class PlanesKernel(SharedReferenceKernel):
         for p, scale in others:
             total = p.fma(scale, total)
         return total
-
-    def sums_of(self, j: Value) -> Value:
-        return (self.scratch + j * BYTES).load(F32, LANES)
 
     def over_classes(self, state: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
         return loop(self.begin, self.classes, 1, state, body)[1]

@@ -27,6 +27,8 @@ class SharedReferenceKernel(SoftmaxKernel):
     """A block has at most `tile` samples; its exponentials, or what a layout wants of them, are in scratch. As for all
     kernels whose lanes are samples, memory for whole groups of sixteen is there."""
 
+    early = False  # whether `exponentiate` keeps the targets' logits
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.tile, self.scratch = self.a["tile"], self.a["scratch"]
@@ -36,9 +38,9 @@ class SharedReferenceKernel(SoftmaxKernel):
     def exponentiate(self, start: Value, stop: Value) -> tuple[ShiftedExp, Value]:
         """Fill scratch for samples start .. stop; what was subtracted, and whether it was not far below any logit."""
 
-    @abstractmethod
     def sums_of(self, j: Value) -> Value:
         """The sums of sixteen samples, the first of them the block's j-th."""
+        return (self.scratch + j * BYTES).load(F32, LANES)
 
     @abstractmethod
     def again(self, i: Value, j: Value) -> tuple[Value, Value, Value]:
@@ -104,9 +106,9 @@ class SharedReferenceKernel(SoftmaxKernel):
     def target_logits(self, i: Value, j: Value, usual: Value) -> Value:
         """The target's logit of each of samples i .. i + 16, the first of them the block's j-th; of those that do not
         live, of which there are none if `usual`, any."""
-        return self.picked(i, usual)
+        return self.logits(self.picked_at(j)) if self.early else self.picked(i, usual)
 
-    def _early(self, j: Value) -> Value:
+    def picked_at(self, j: Value) -> Value:
         """Where the logit of the target of the block's j-th sample waits, behind all samples' sums."""
         return self.scratch + self.tile * BYTES + j * self.size
 
@@ -117,15 +119,11 @@ class SharedReferenceKernel(SoftmaxKernel):
         for k in range(LANES):
             row = self.a["logits"] + (i + k) * self.a["logits_row"]
             raw = (row + self.targets.clamped(i + k) * self.a["logits_step"]).load(elem)
-            self._early(j + k).store(raw)
+            self.picked_at(j + k).store(raw)
 
     def choose_early(self, i: Value, j: Value, logits: Sequence[Value]) -> None:
         """The same, of a vector for each class, at most `MAX_CHOSEN`."""
-        self._early(j).store(storage.narrowed(chosen(self.targets.low(i), logits), self.v.logits))
-
-    def picked_early(self, j: Value) -> Value:
-        """What was kept."""
-        return self.logits(self._early(j))
+        self.picked_at(j).store(storage.narrowed(chosen(self.targets.low(i), logits), self.v.logits))
 
     def exponential_for(self, place: Value) -> ShiftedExp:
         """Relative to about the highest of the logits at a place."""

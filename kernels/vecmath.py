@@ -298,12 +298,6 @@ def _split(x: Value) -> tuple[Value, Value]:
     return i, ((i & ((1 << k.mantissa) - 1)) + k.middle).bits(x.elem)
 
 
-def split_float32(x: Value) -> tuple[Value, Value]:
-    """The same, e as an int32."""
-    i, m = _split(x)
-    return i >> FORMATS[F32].mantissa, m
-
-
 def split(x: Value) -> tuple[Value, Value]:
     """x = 2**e * m for positive normal x, with m in [0.75, 1.5); e as a float."""
     k = FORMATS[x.elem]
@@ -313,6 +307,12 @@ def split(x: Value) -> tuple[Value, Value]:
     # AVX2 converts no 64-bit integers: e + bias becomes the low bits of 2**52
     e = _shift_right(i + (k.bias << k.mantissa), k.mantissa) | (0x433 << k.mantissa)
     return e.bits(F64) - (2.0**52 + k.bias), m
+
+
+def split_float32(x: Value) -> tuple[Value, Value]:
+    """The same of float32, e as an int32."""
+    i, m = _split(x)
+    return i >> FORMATS[F32].mantissa, m
 
 
 def _log_sum(e: Value, f: Value, rest: float | Value = 0.0) -> Value:
