@@ -19,8 +19,9 @@ MIN_ROW = 32  # classes that a row needs: its reference comes from the first 32
 FLUSH, FLUSH_MASS = 512, 128
 # A sum outside 1 / MAX_SUM .. MAX_SUM means a bad reference: the gradient's coefficients would leave float32's range.
 MAX_SUM = 2.0**60
-# A reference may be so far from the maximum of a row's first classes: exponentials of ten times as much mean something.
-NEAR_ENOUGH = 8.0
+# The reference of the row before serves where it is so near the maximum of a row's first classes. A sum that `SURE`
+# bounds is good then by the row's own reference too, which may be larger or smaller by 2**12.5.
+NEAR_ENOUGH, SURE = 8.0, 2.0**47
 # Logits of the rows that are finished together where gradients are wanted: their exponentials, or what these are
 # computed from again, must stay in L1. 65,536 x 1,000 on two cores of Zen 4: 10.4 ms by two rows, 12.0 by eight.
 KEPT_LOGITS, AGAIN_LOGITS = 4096, 2048
@@ -171,12 +172,17 @@ class RowsKernel(SoftmaxKernel):
         row = self.a["probabilities"] + i * self.a["probabilities_row"]
         return storage.load(row + c * storage.itemsize(self.v.probabilities), self.v.probabilities, self.type, lanes)
 
-    def shifted(self, x: Value) -> ShiftedExp:
-        """exp(z - reference), the reference being about the maximum of the first classes."""
+    def first_maximum(self, x: Value) -> Value:
+        """Of a row's first classes the largest logits, one in each lane."""
         first = [self.load_logits(x, Value(self.b, I64(k))) for k in range(0, MIN_ROW, LANES)]
         highest = first[0]
         for other in first[1:]:
             highest = (other > highest).select(other, highest)
+        return highest
+
+    def shifted(self, x: Value) -> ShiftedExp:
+        """exp(z - reference), the reference being about the maximum of the first classes."""
+        highest = self.first_maximum(x)
 
         def own() -> list[Value]:
             count = ShiftedExp.count_for(highest.max())
@@ -191,6 +197,24 @@ class RowsKernel(SoftmaxKernel):
         near = (highest > reference - NEAR_ENOUGH).any() & ~(highest > reference + NEAR_ENOUGH).any()
         return ShiftedExp(when(near, lambda: [before], own)[0], short=True, capped=False)
 
+    def good(self, x: Value, shifted: ShiftedExp, total: Value, seen: Value) -> Value:
+        """Whether a row's sum of exponentials, in float64, means something; which row came before does not matter."""
+        legal = ~shifted.overflowed(seen)
+
+        def within(bound: float, total: Value) -> Value:
+            return (total < bound) & (total > 1 / bound) & legal  # not where that is NaN
+
+        if not self.plain:
+            return within(MAX_SUM, total)
+
+        def by_own() -> list[Value]:
+            more = shifted.count - ShiftedExp.count_for(self.first_maximum(x).max())
+            power = ((more.to_int(I64) + FORMATS[F64].bias) << FORMATS[F64].mantissa).bits(F64)
+            return [within(MAX_SUM, total * power)]
+
+        sure = within(SURE, total)
+        return when(sure, lambda: [sure], by_own)[0]
+
     def sum_row(self, i: Value, r: Value, x: Value) -> None:
         """A row's reference and sums."""
         shifted = self.shifted(x)
@@ -203,8 +227,7 @@ class RowsKernel(SoftmaxKernel):
             return p, scale, seen
 
         sums, seen = self.sweep(i, r, x, shift, origin, shifted if self.plain else None)
-        # false for NaN
-        good = (sums.exponentials < MAX_SUM) & (sums.exponentials > 1 / MAX_SUM) & ~shifted.overflowed(seen)
+        good = self.good(x, shifted, sums.exponentials, seen)
 
         def exact() -> list[Value]:
             """The first classes said nothing of the maximum, or there is NaN or infinity: subtract the true maximum."""

@@ -62,9 +62,10 @@ def test_logits_far_from_the_first(kind: str, shape: tuple[int, ...], dtype: str
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_a_row_does_not_depend_on_those_before_it(dtype: str, rng: Rng) -> None:
-    """Whose reference it may share, to the last bit."""
+    """Whose reference it may share, to the last bit; nor does what is too far from the first classes."""
     x = rng.standard_normal((200, 300)) + rng.choice([0.0, 0.3, 3.0, 7.9, 12.0, -5.0, -40.0, 88.0, 500.0], (200, 1))
     x[rng.uniform(size=200) < 0.1, :40] = rng.choice([-INF, NAN])
+    x[:, 250] += rng.choice([0.0, 25.0, 35.0, 40.0, 45.0, 50.0, 60.0], 200)
     x = x.astype(DTYPES[dtype])
     sample = Sample(x, rng.integers(0, 300, 200), {})
 
