@@ -9,7 +9,7 @@ from . import storage
 from .softmax_exp import ShiftedExp
 from .softmax_shared import BYTES, SharedReferenceKernel
 from .transpose import load_classes, packed_sums, row_sums, store_classes
-from .values import DEEP, F32, I32, I64, LANES, Value, full, full_of, loop, when
+from .values import DEEP, F32, I32, I64, LANES, Value, full, full_of, loop
 
 VECTOR = LANES * BYTES
 # Logits of a block. With a gradient their exponentials wait in L1 as well.
@@ -86,15 +86,10 @@ class PackedKernel(SharedReferenceKernel):
                 rows, classes = zip(*(divmod(LANES * v + lane, self.v.few) for lane in range(LANES)), strict=True)
                 less, times, at = (column.shuffle(None, rows) for column in (own, share, t))
                 e = (self.kept(j) + v * VECTOR).load(F32, LANES)
-                if not all_live:
-                    e = (less == 0.0).select(0.0, e)
-                e = (at == full_of(self.b, I32, classes)).select(e - less, e)
-                storage.store(target + v * size, e * times, kind, stream)
+                gradient = self.gradients(e, full_of(self.b, I32, classes), at, less, times, all_live)
+                storage.store(target + v * size, gradient, kind, stream)
 
-        def each(stream: bool) -> None:
-            when(usual, lambda: written(stream, True), lambda: written(stream, False))
-
-        self.streamed(self.a["grad"], each)
+        self.written_at_once(self.a["grad"], usual, written)
 
     def hand_over(self, start: Value, stop: Value) -> None:
         """`keep` has written them."""

@@ -148,15 +148,10 @@ class PlanesKernel(SharedReferenceKernel):
             for c in range(self.v.few):
                 self.ask_for(self.place(i, self.begin + c))
                 e = self.kept(j, self.begin + c).load(F32, LANES)
-                if not all_live:
-                    e = (own == 0.0).select(0.0, e)
-                e = (t == c).select(e - own, e)
-                storage.store(target + c * self.a["grad_step"], e * share, kind, stream)
+                gradient = self.gradients(e, c, t, own, share, all_live)
+                storage.store(target + c * self.a["grad_step"], gradient, kind, stream)
 
-        def each(stream: bool) -> None:
-            when(usual, lambda: written(stream, True), lambda: written(stream, False))
-
-        self.streamed(target | self.a["grad_step"], each)
+        self.written_at_once(target | self.a["grad_step"], usual, written)
 
     def hand_over(self, start: Value, stop: Value) -> None:
         if self.v.few:  # `keep` has written them

@@ -92,6 +92,21 @@ class SharedReferenceKernel(SoftmaxKernel):
         size = LANES * storage.itemsize(self.v.grad or "")
         when((places & (size - 1)) == 0, lambda: write(True), lambda: write(False))
 
+    def written_at_once(self, places: Value, usual: Value, write: Callable[[bool, bool], None]) -> None:
+        """`write(stream, all_live)` gradients of sixteen samples, which all live if `usual`."""
+
+        def each(stream: bool) -> None:
+            when(usual, lambda: write(stream, True), lambda: write(stream, False))
+
+        self.streamed(places, each)
+
+    @staticmethod
+    def gradients(e: Value, c: int | Value, t: Value, own: Value, share: Value, all_live: bool) -> Value:
+        """Gradients out of class c's exponentials, of samples of classes t: for `own` and `share` see `keep`."""
+        if not all_live:
+            e = (own == 0.0).select(0.0, e)
+        return (t == c).select(e - own, e) * share
+
     def logits(self, place: Value) -> Value:
         """Sixteen logits that lie side by side."""
         return storage.load(place, self.v.logits, F32, LANES)

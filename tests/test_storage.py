@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from llvmlite import ir
 
 from fastloss.kernels import storage
 from fastloss.kernels.compiler import callable_of
@@ -12,30 +15,26 @@ from fastloss.kernels.values import F32, I16, I64, LANES, Value, loop
 ALL = np.arange(1 << 16, dtype=np.uint16)
 
 
-def widened(halves: np.ndarray) -> np.ndarray:
-    out = np.empty(halves.size, np.float32)
+def converted(numbers: np.ndarray, dtype: type, elem: ir.Type, convert: Callable[[Value], Value]) -> np.ndarray:
+    """Numbers that kernels read as `elem`, converted."""
+    out = np.empty(numbers.size, dtype)
 
     def emit(source: Value, target: Value, n: Value) -> None:
         def body(i: Value) -> None:
-            (target + i * 4).store(storage._from_half((source + i * 2).load(I16, LANES)))
-
-        loop(Value(n.b, I64(0)), n, LANES, [], body)
-
-    callable_of(emit, 3, None)(halves.ctypes.data, out.ctypes.data, halves.size)
-    return out
-
-
-def narrowed(numbers: np.ndarray) -> np.ndarray:
-    out = np.empty(numbers.size, np.uint16)
-
-    def emit(source: Value, target: Value, n: Value) -> None:
-        def body(i: Value) -> None:
-            (target + i * 2).store(storage._to_half((source + i * 4).load(F32, LANES)))
+            (target + i * out.itemsize).store(convert((source + i * numbers.itemsize).load(elem, LANES)))
 
         loop(Value(n.b, I64(0)), n, LANES, [], body)
 
     callable_of(emit, 3, None)(numbers.ctypes.data, out.ctypes.data, numbers.size)
     return out
+
+
+def widened(halves: np.ndarray) -> np.ndarray:
+    return converted(halves, np.float32, I16, storage._from_half)
+
+
+def narrowed(numbers: np.ndarray) -> np.ndarray:
+    return converted(numbers, np.uint16, F32, storage._to_half)
 
 
 def test_every_float16_is_read() -> None:
